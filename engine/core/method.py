@@ -1,0 +1,231 @@
+"""A method is the identity of a paper or a baseline, declared once: card, hyperparameters, needs, presets, roles.
+
+A method lives in one file, `engine/methods/<slug with underscores>.py`, or behind an entry point of the group "bonsai.methods". The form, the
+REST schema, the help page, the conformance cases and the benchmark row are all derived from its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ValidationError
+
+from engine.core.errors import Fault
+from engine.core.facts import Facts
+from engine.core.params import HyperParams, faults_of
+from engine.core.slots import Arity, Phase, Slot
+
+if TYPE_CHECKING:
+    from engine.core.recipe import MethodRef, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One headline number of a paper, and ours beside it once it is measured."""
+
+    claim: str
+    paper: str
+    ours: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Marks from 1 (light) to 5 (heavy), relative to the other methods, for time per step, memory, and size of the result."""
+
+    time: int
+    memory: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a person reads about a method."""
+
+    slug: str
+    title: str
+    pick_when: str  # "Pick this when …", for a person who knows no machine learning
+    summary: str  # one paragraph, plain
+    paper: str = ""
+    year: int | None = None
+    arxiv: str = ""
+    algorithm: tuple[str, ...] = ()  # numbered steps
+    avoid_when: str = ""
+    traps: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    cost: Cost | None = None
+    family: str = "baseline"  # heading in the catalogue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Conditions that can be checked from facts alone; empty means "anything"."""
+
+    tasks: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()  # of model: "encoder", "decoder"
+    linear_layers: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a method fits; when it does not, why and what would."""
+
+    ok: bool
+    why: str = ""
+    way_out: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """Advice for one setting, with its reason. `where` is "settings.learning_rate" or "methods[i].params.r"."""
+
+    where: str
+    value: Any
+    reason: str
+
+
+class Method:
+    """Base of every method. Subclasses add one role (TrainMethod, TransformMethod …) and the hooks of that role."""
+
+    card: ClassVar[Card]
+    needs: ClassVar[Needs] = Needs()
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"tiny": {}, "paper": {}}
+    version: ClassVar[str] = "1"
+    cannot: ClassVar[dict[str, str]] = {}  # conformance point -> reason, e.g. {"merge": "The mask depends on the input."}
+
+    class Params(HyperParams):
+        """No hyperparameters."""
+
+    def __init__(self, params: HyperParams | None = None) -> None:
+        self.params: Any = params if params is not None else self.Params()
+
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """Say whether this method fits the facts. The default reads `needs`."""
+        needs, title = cls.needs, cls.card.title
+        if needs.tasks and facts.task not in needs.tasks:
+            return Verdict(False, f"{title} is made for the goal {' or '.join(needs.tasks)}, not for {facts.task}.",
+                           f"Choose another method, or the goal {needs.tasks[0]}.")
+        if needs.kinds and facts.model.kind not in needs.kinds:
+            return Verdict(False, f"{title} works on {' or '.join(needs.kinds)} models and this model is an {facts.model.kind}.",
+                           "Choose another model or another method.")
+        if needs.linear_layers and not facts.model.linears:
+            return Verdict(False, f"{title} edits linear layers and this model shows none that it knows.",
+                           "Choose a transformer model, or full fine-tuning.")
+        return Verdict(True)
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> list[Fault]:
+        """Faults that depend on hyperparameters and facts together, `where` relative to the params ("r"). Default: none."""
+        return []
+
+    @classmethod
+    def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
+        """Advice for settings that the recipe leaves open. Default: none."""
+        return []
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], prefix: str) -> tuple[Any, list[Fault]]:
+        """Validate hyperparameters: (params, []) or (None, faults)."""
+        try:
+            return cls.Params.model_validate(data), []
+        except ValidationError as error:
+            return None, faults_of(error, prefix, cls.Params)
+
+    @classmethod
+    def describe(cls) -> dict[str, Any]:
+        """Everything a form, an API or a page needs, as JSON."""
+        return {
+            **asdict(cls.card),
+            "role": cls.role,
+            "slots": [slot.value for slot in cls.slots],
+            "version": cls.version,
+            "needs": asdict(cls.needs),
+            "presets": cls.presets,
+            "cannot": cls.cannot,
+            "default": cls.default,
+            "schema": cls.Params.model_json_schema(),
+        }
+
+    role: ClassVar[str] = ""
+    slots: ClassVar[tuple[Slot, ...]] = ()
+    default: ClassVar[bool] = False  # stands in its slot when the recipe names nobody
+
+
+class TrainMethod(Method):
+    """Fills one or more slots of a training run."""
+
+    role = "train"
+    phase: ClassVar[Phase | None] = None  # of a data policy
+
+    @classmethod
+    def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
+        """Names of the base tensors this method changes or replaces. Two parametrizations may not claim one tensor."""
+        return frozenset()
+
+    @classmethod
+    def num_trainable(cls, params: Any, facts: Facts) -> int:
+        """How many numbers would learn, for the estimate. Default: the size of the claimed tensors."""
+        return sum(facts.model.size(name) for name in cls.claims(params, facts))
+
+    def parts(self, ctx: Any) -> Sequence[Any]:
+        """Build the parts, one for each slot in `slots`, in that order. `ctx` is an engine.train.parts.PartContext."""
+        raise NotImplementedError(f"{type(self).__name__} declares no parts.")
+
+
+class TransformMethod(Method):
+    """Weights in, weights out, tensor by tensor: merge, prune, factorise, compress, graft."""
+
+    role = "transform"
+
+    def apply(self, inputs: Any, out: Any, ctx: Any) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not transform.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A method with its parsed hyperparameters, as it stands in a run."""
+
+    method: type[TrainMethod]
+    params: Any
+    index: int | None  # position in recipe.methods; None for a default that the composition added
+
+    @property
+    def slug(self) -> str:
+        return self.method.card.slug
+
+    @property
+    def where(self) -> str:
+        return f"methods[{self.index}]" if self.index is not None else "methods"
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The methods of a run, slot by slot, defaults filled in."""
+
+    chosen: tuple[Chosen, ...]
+    by_slot: dict[Slot, tuple[Chosen, ...]] = field(default_factory=dict)
+
+    def in_slot(self, slot: Slot) -> tuple[Chosen, ...]:
+        return self.by_slot.get(slot, ())
+
+
+def arity_faults(chosen: Sequence[Chosen]) -> Iterator[Fault]:
+    """The composition law for slots that hold exactly one part."""
+    for slot in Slot:
+        holders = [item for item in chosen if slot in item.method.slots and item.index is not None]
+        if slot.arity is Arity.ONE and len(holders) > 1:
+            names = " and ".join(item.method.card.title for item in holders)
+            yield Fault(where=holders[1].where, what=f"{names} both want to be the {slot.title}.", why=slot.law,
+                        way_out=f"Keep {holders[0].method.card.title} and remove the other, or the other way round.", code="slot_taken")
+
+
+def method_ref_fault(ref: MethodRef, index: int, known: Sequence[str]) -> Fault:
+    """The fault for a slug that nobody declares."""
+    import difflib
+
+    close = difflib.get_close_matches(ref.slug, known, n=1)
+    return Fault(where=f"methods[{index}].slug", what=f"There is no method called '{ref.slug}'.",
+                 why="It is neither built in nor offered by an installed package.",
+                 way_out=f"Did you mean '{close[0]}'?" if close else f"Choose one of: {', '.join(sorted(known))}.", code="unknown_method")

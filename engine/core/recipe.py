@@ -1,0 +1,168 @@
+"""A recipe says everything about a run. It is the only thing that crosses a process border, and it has a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.core.errors import Fault, RecipeError
+from engine.core.params import HyperParams, dial, faults_of
+
+Operation = Literal["train", "transform", "generate", "probe", "search", "flow"]
+MAX_RECIPE_BYTES = 256_000
+
+
+class Frozen(BaseModel):
+    """A frozen value with no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class MethodRef(Frozen):
+    """A method by slug, with the hyperparameters that differ from its defaults."""
+
+    slug: str = Field(min_length=1, max_length=80, pattern=r"^[a-z0-9][a-z0-9-]*$")
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelRef(Frozen):
+    """Where the weights come from: "starter:NAME", "folder:/path", "hub:owner/name" or "hub:owner/name@revision"."""
+
+    source: str = Field(min_length=1, max_length=1000)
+
+
+class DataRef(Frozen):
+    """Where the rows come from ("starter:NAME" or "file:/path"), which columns play which role, and what they must hash to."""
+
+    source: str = Field(min_length=1, max_length=1000)
+    columns: dict[str, str] = Field(default_factory=dict)
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+
+class TrainSettings(HyperParams):
+    """What every training run shares. None means: let the studio suggest a value and say why."""
+
+    learning_rate: float | None = dial(
+        None, label="Learning rate", unit="1", low=0.0, high=10.0, tier="basic", suggested="It depends on the method.",
+        help="How big a correction the model makes after each batch. Too high and it stumbles, too low and it learns nothing.",
+    )
+    epochs: float | None = dial(
+        None, label="Passes over the data", unit="epochs", low=0.01, high=1000, tier="basic",
+        suggested="Small data needs more passes.",
+        help="How many times the model reads all the examples. More passes learn more, until it starts to memorise.",
+    )
+    batch_size: int | None = dial(
+        None, label="Examples at a time", unit="examples", low=1, high=4096, tier="basic", suggested="It depends on memory.",
+        help="How many examples are read before each correction. More is steadier and needs more memory.",
+    )
+    max_length: int | None = dial(
+        None, label="Longest text", unit="tokens", low=8, high=131072, tier="basic",
+        suggested="Long enough for 99 % of the examples.",
+        help="Longer texts are cut at this many tokens; a token is a word or a piece of one.",
+    )
+    accumulate: int = dial(1, label="Batches per correction", unit="batches", low=1, high=1024,
+                           help="Adds up this many batches before one correction: a large batch in little memory.")
+    max_steps: int | None = dial(None, label="Stop after", unit="steps", low=1, high=10_000_000,
+                                 help="Stops after this many corrections, whatever the passes say.")
+    max_minutes: float | None = dial(None, label="Time limit", unit="minutes", low=0.05, high=100_000,
+                                     help="Stops, keeps and exports what was learned when the time is over.")
+    precision: Literal["auto", "fp32", "bf16"] = dial(
+        "auto", label="Number format", suggested="bf16 on a GPU that has it, fp32 elsewhere.",
+        help="bf16 halves the memory for the frozen weights and activations; what learns is always kept in fp32.")
+    gradient_checkpointing: bool = dial(
+        False, label="Recompute instead of remember",
+        help="Saves memory by computing activations twice; about a fifth slower.")
+    packing: bool = dial(True, label="Pack short texts together",
+                         help="Puts several short texts into one row, kept apart by a mask, so that no work is wasted on padding.")
+    holdout: float = dial(0.15, label="Kept back for testing", unit="share", low=0.01, high=0.5,
+                          help="This share of the examples is never learned from, only used to measure.")
+    evaluations: int = dial(8, label="Measurements", unit="times", low=1, high=1000,
+                            help="How often the kept-back examples are scored during the run.")
+    checkpoint_every: int | None = dial(None, label="Save every", unit="steps", low=1, high=1_000_000,
+                                        suggested="About ten times per run.",
+                                        help="How often the run is saved so that it can go on after an interruption.")
+    seed: int = dial(17, label="Seed", unit="1", low=0, high=2**31 - 1,
+                     help="The same seed gives the same run, bit for bit on a CPU.")
+
+
+class Recipe(Frozen):
+    """A frozen value that says everything about a run."""
+
+    version: Literal[1] = 1
+    name: str = Field(default="", max_length=200)
+    operation: Operation = "train"
+    task: str = Field(min_length=1, max_length=40)
+    model: ModelRef
+    data: DataRef
+    methods: tuple[MethodRef, ...] = ()
+    settings: TrainSettings = Field(default_factory=TrainSettings)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the canonical JSON, without the name: two recipes with one fingerprint are the same work."""
+        return hashlib.sha256(canonical(self.model_dump(mode="json", exclude={"name"})).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def canonical(value: Any) -> str:
+    """One spelling per JSON value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def parse_recipe(data: Any) -> Recipe:
+    """Read a recipe from parsed JSON or YAML; every fault at once as a RecipeError."""
+    if not isinstance(data, dict):
+        raise RecipeError([Fault(where="recipe", what="This is not a recipe.", why=f"A recipe is a mapping; this is a {type(data).__name__}.",
+                                 way_out="Start from a recipe exported by the studio.", code="not_a_recipe")])
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_recipe_faults(error)) from None
+
+
+def parse_recipe_text(text: str) -> Recipe:
+    """Read a recipe from YAML or JSON text (safe loader, bounded size, no aliases)."""
+    problem = ""
+    if len(text.encode()) > MAX_RECIPE_BYTES:
+        problem = f"It is longer than {MAX_RECIPE_BYTES:,} bytes."
+    else:
+        try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+                problem = "It uses YAML aliases, which a recipe never needs."
+            else:
+                return parse_recipe(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            problem = f"Line {mark.line + 1} is not valid YAML." if mark else "It is not valid YAML."
+        except RecursionError:
+            problem = "It is nested too deeply."
+    raise RecipeError([Fault(where="recipe", what="This recipe could not be read.", why=problem,
+                             way_out="Correct it or export a fresh recipe from the studio.", code="unreadable_recipe")])
+
+
+def _recipe_faults(error: ValidationError) -> list[Fault]:
+    models: dict[str, type[BaseModel]] = {"settings": TrainSettings, "model": ModelRef, "data": DataRef, "methods": MethodRef}
+    faults: list[Fault] = []
+    for item in error.errors(include_url=False):
+        head = str(item["loc"][0]) if item["loc"] else ""
+        inner = models.get(head)
+        depth = 2 if head == "methods" else 1
+        if inner is None or len(item["loc"]) <= depth:
+            faults += _one(item, "", Recipe)
+        else:
+            prefix = f"methods[{item['loc'][1]}]" if head == "methods" else head
+            faults += _one({**item, "loc": item["loc"][depth:]}, prefix, inner)
+    return faults
+
+
+def _one(item: Any, prefix: str, model: type[BaseModel]) -> list[Fault]:
+    class _Single:
+        def errors(self, include_url: bool = False) -> list[Any]:
+            return [item]
+
+    return faults_of(_Single(), prefix, model)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Reading models, datasets and tensors. `facts` and `datasets` import no torch."""

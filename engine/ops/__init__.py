@@ -1,0 +1,1 @@
+"""One short driver for each operation."""

@@ -1,0 +1,1 @@
+"""The *train* operation: loop, the nine part protocols, trainables, checkpoint, clock, export."""

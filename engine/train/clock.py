@@ -1,0 +1,43 @@
+"""The clock of a run: steps, samples, tokens and epochs done and planned. Everything that depends on progress reads it here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Progress of a run. `step` counts finished optimizer steps; `epoch` and `batch` are the data cursor."""
+
+    total_steps: int
+    steps_per_epoch: int
+    num_samples: int  # training examples per epoch
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0  # next micro-batch of this epoch
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, over all attempts
+
+    @property
+    def progress(self) -> float:
+        return self.step / max(1, self.total_steps)
+
+    @property
+    def planned_samples(self) -> int:
+        return round(self.total_steps / max(1, self.steps_per_epoch) * self.num_samples)
+
+    @property
+    def epochs_done(self) -> float:
+        return self.step / max(1, self.steps_per_epoch)
+
+    def eta_seconds(self) -> float | None:
+        return None if self.step == 0 else self.seconds / self.step * (self.total_steps - self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

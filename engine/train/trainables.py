@@ -1,0 +1,152 @@
+"""What learns in a run: fp32 parameters by stable names, and the optimizer's state by the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.train.parts import Parametrization, Remap
+
+
+class Trainables:
+    """An ordered mapping from stable names to the parameters that learn."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        seen: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            if id(parameter) in seen:
+                raise ValueError(f"'{name}' and '{seen[id(parameter)]}' are one parameter; a parameter learns once.")
+            seen[id(parameter)] = name
+        self._parameters = dict(parameters)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self._parameters.values())
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def items(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._parameters.items())
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def num_elements(self) -> int:
+        return sum(parameter.numel() for parameter in self)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Copy values in place; names and shapes must agree exactly."""
+        if tensors.keys() != self._parameters.keys():
+            raise ValueError(f"The saved parameters differ from these: {sorted(tensors.keys() ^ self._parameters.keys())[:4]}")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                if parameter.shape != tensors[name].shape:
+                    raise ValueError(f"'{name}' was saved with shape {tuple(tensors[name].shape)} and is {tuple(parameter.shape)} now.")
+                parameter.copy_(tensors[name])
+
+    def apply(self, remap: Remap) -> None:
+        """Replace, add and remove parameters as a Remap says."""
+        for name in remap.removed:
+            self._parameters.pop(name, None)
+        self._parameters.update(remap.replaced)
+
+
+def collect(model: nn.Module, parametrizations: list[Parametrization], fresh: tuple[str, ...]) -> Trainables:
+    """Ask every parametrization what learns, add fresh modules, freeze the rest, and keep what learns in fp32."""
+    found: dict[str, nn.Parameter] = {}
+    for part in parametrizations:
+        mine = part.trainables(model)
+        clash = found.keys() & mine.keys()
+        if clash:
+            raise ValueError(f"Two parametrizations use the name '{min(clash)}'.")
+        found.update(mine)
+    held = {id(parameter) for parameter in found.values()}
+    for name, parameter in model.named_parameters():
+        if any(name == module or name.startswith(module + ".") for module in fresh) and id(parameter) not in held:
+            found[f"fresh.{name}"] = parameter
+            held.add(id(parameter))
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in held)
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return Trainables(found)
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Keep frozen floating-point weights in bf16; what learns stays fp32."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, trainables: Trainables) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimizer's state by trainable names: (tensors "name/key", JSON values {name: {key: value}})."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in trainables.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value
+            else:
+                values.setdefault(name, {})[key] = value
+    return tensors, values
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, trainables: Trainables, tensors: dict[str, Tensor], values: dict[str, dict[str, Any]]
+) -> None:
+    """Put saved state back, each tensor on the device where the optimizer keeps it (step counters stay where torch wants them)."""
+    by_name: dict[str, dict[str, Any]] = {name: dict(items) for name, items in values.items()}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        by_name.setdefault(name, {})[key] = tensor
+    for name, parameter in trainables.items():
+        if name in by_name:
+            fused = any(parameter is p and group.get("fused") for group in optimizer.param_groups for p in group["params"])
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if isinstance(value, Tensor) and (value.dim() > 0 or fused) else value
+                for key, value in by_name[name].items()
+            }
+
+
+def remap_optimizer(optimizer: torch.optim.Optimizer, remap: Remap, trainables: Trainables) -> None:
+    """Carry per-element optimizer state over a Remap; `trainables` still holds the old parameters when this is called."""
+    old = dict(trainables.items())
+    groups = optimizer.param_groups
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    for name, fresh in remap.replaced.items():
+        source, index = remap.tensors.get(name, (None, None))
+        ancestor = old.get(source) if source else old.get(name)
+        home = group_of.get(id(ancestor), groups[0]) if ancestor is not None else groups[0]
+        state = dict(optimizer.state.get(ancestor, {})) if source and ancestor is not None else {}
+        if state and index is not None and ancestor is not None:
+            state = {key: _gather(value, index, fresh, ancestor) for key, value in state.items()}
+        home["params"].append(fresh)
+        if state:
+            optimizer.state[fresh] = state
+    gone = {id(old[name]) for name in (*remap.removed, *remap.replaced) if name in old}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for name in (*remap.removed, *remap.replaced):
+        if name in old:
+            optimizer.state.pop(old[name], None)
+
+
+def _gather(value: Any, index: Tensor, fresh: nn.Parameter, ancestor: nn.Parameter) -> Any:
+    if not isinstance(value, Tensor) or value.numel() != ancestor.numel() or value.dim() == 0:
+        return value
+    flat = torch.cat([value.reshape(-1), value.new_zeros(1)])  # index -1 reads the zero at the end
+    return flat[index.reshape(-1).to(flat.device)].reshape(fresh.shape)
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all state tensors."""
+    return sum(v.numel() * v.element_size() for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
