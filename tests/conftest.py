@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# Before anything imports torch: it reads the thread settings once, and spinning threads of two workers starve each other.
+# Before anything imports torch: it reads the thread settings once, and spinning threads starve each other.
 os.environ.update(
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
