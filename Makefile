@@ -20,14 +20,17 @@ DEV_STAMP := $(VENV)/.installed-dev-$(shell cat $(RUN_LOCK) $(DEV_LOCK) | cksum 
 MIN_FREE_GB := 6
 INSTALL_LOG := var/log/install.log
 
+RESULTS := var/test-results
+# Checks never touch the database and the artifacts of the person who runs them.
+TEST_HOME := var/test-home
+
 # Two torch processes that spin-wait on the same cores run ten times slower: checks get one thread each.
 CHECK_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false \
-	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
+	HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 BONSAI_HOME=$(CURDIR)/$(TEST_HOME)
 PYTEST := $(CHECK_ENV) $(PY) -m pytest
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 STAGES := lint types architecture engine-unit engine-conformance jobs studio e2e
-RESULTS := var/test-results
 
 .PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench effects shots lock format clean
 
@@ -46,7 +49,7 @@ env-dev:
 	@touch $(RUN_STAMP)
 
 test: env-dev ## Check style, types and every test; prints the wall time of each stage
-	@rm -rf $(RESULTS) && mkdir -p $(RESULTS); \
+	@rm -rf $(RESULTS) $(TEST_HOME) && mkdir -p $(RESULTS) $(TEST_HOME); \
 	failed=""; times=""; began=$$(date +%s); \
 	for stage in $(STAGES); do \
 		echo; echo "== $$stage"; from=$$(date +%s); \
@@ -111,7 +114,7 @@ lock: ## Resolve pyproject.toml afresh and write both lock files
 	@rm -rf var/lock; echo "Wrote $(RUN_LOCK) and $(DEV_LOCK)."
 
 clean: ## Remove the environment and caches; your data in var/ stays
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis test-results $(RESULTS)
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis test-results $(RESULTS) $(TEST_HOME)
 	@find engine jobs studio tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed the environment and the caches. Your data in var/ was not touched."
 
