@@ -98,6 +98,7 @@ class Job(models.Model):
     faults = models.JSONField(default=list)
     stop_request = models.CharField(max_length=10, blank=True, help_text="stop, pause or cancel, while it is being carried out.")
     attempt = models.IntegerField(default=0)
+    crashes = models.IntegerField(default=0, help_text="How often in a row the run was lost without a new checkpoint in between.")
 
     lease_owner = models.CharField(max_length=100, blank=True)
     lease_epoch = models.IntegerField(default=0)

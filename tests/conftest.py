@@ -21,6 +21,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bonsai_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder and a queue of this test run alone, so that no test touches the studio in var/."""
+    from django.conf import settings
+    from huey.contrib.djhuey import HUEY
+    from huey.storage import MemoryStorage
+
+    home = tmp_path_factory.mktemp("home")
+    settings.BONSAI_HOME = home
+    HUEY.storage = MemoryStorage("tests")
+    return home
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the public data sets and weights that tests may read; skips when this machine has none."""

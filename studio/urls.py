@@ -1,0 +1,12 @@
+"""Where everything is: pages at the root, the REST API, the admin."""
+
+from django.contrib import admin
+from django.urls import include, path
+
+from jobs.enter import enter
+
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    path("enter/<str:token>/", enter, name="enter"),
+    path("", include("studio.pages.urls")),
+]
