@@ -1,0 +1,136 @@
+"""Check: refuse early, in sentences, all faults at once, without loading a weight; or say what a run would be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from engine.core.compose import compose, fit_faults, resolve
+from engine.core.errors import EngineError, Fault, RecipeError
+from engine.core.facts import Facts
+from engine.core.method import Composition, Suggestion, TrainMethod
+from engine.core.recipe import Recipe
+from engine.core.registry import catalogue
+from engine.core.slots import Slot
+from engine.io.datasets import dataset_faults
+from engine.io.facts import data_facts, machine_facts, model_facts
+from engine.tasks import task as task_named
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """The answer of `check`."""
+
+    recipe: Recipe
+    composition: Composition
+    faults: list[Fault] = field(default_factory=list)
+    facts: Facts | None = None
+    suggestions: list[Suggestion] = field(default_factory=list)
+    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    estimate: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.model_dump(mode="json"), "fingerprint": self.recipe.fingerprint(),
+            "faults": [fault.to_dict() for fault in self.faults],
+            "suggestions": [{"where": s.where, "value": s.value, "reason": s.reason} for s in self.suggestions],
+            "composition": [{"slot": slot.value, "slug": item.slug, "default": item.index is None}
+                            for slot in Slot for item in self.composition.in_slot(slot)],
+            "verdicts": self.verdicts, "estimate": self.estimate,
+        }
+
+
+def check(recipe: Recipe) -> Checked:
+    """Everything that can be known before weights are loaded."""
+    if recipe.operation != "train":
+        return Checked(recipe=recipe, composition=Composition(()), faults=[Fault(
+            where="operation", what=f"The operation '{recipe.operation}' cannot be queued as a training run.", why="This check is for training runs.",
+            way_out="Use the operation 'train'.", code="wrong_operation")])
+    composition, faults = compose(recipe)
+    checked = Checked(recipe=recipe, composition=composition, faults=faults)
+    try:
+        task = task_named(recipe.task)
+    except EngineError as error:
+        faults.append(error.fault)
+        return checked
+    model = data = None
+    try:
+        model = model_facts(recipe.model.source, task=recipe.task)
+        if model.kind not in task.model_kinds:
+            faults.append(Fault(
+                where="model.source", what=f"This model is an {model.kind}.", code="wrong_model_kind",
+                why=f"The goal '{task.title}' needs a model of the kind {' or '.join(task.model_kinds)}.",
+                way_out="Choose another model, or another goal."))
+    except EngineError as error:
+        faults += _at("model.source", error)
+    try:
+        data = data_facts(recipe.data)
+        faults += dataset_faults(data, recipe.task, task.data_shapes, task.roles, recipe.settings.holdout)
+    except EngineError as error:
+        faults += _at("data", error)
+    if model is None or data is None:
+        return checked
+    checked.facts = facts = Facts(task=recipe.task, model=model, data=data, machine=machine_facts())
+    faults += fit_faults(composition, facts)
+    for slug, method in catalogue().items():
+        if issubclass(method, TrainMethod):
+            verdict = method.supports(facts)
+            checked.verdicts[slug] = {"ok": verdict.ok, "why": verdict.why, "way_out": verdict.way_out}
+    if not faults:
+        checked.recipe, checked.suggestions = resolve(recipe, composition, facts)
+        checked.composition, faults_after = compose(checked.recipe)
+        faults += faults_after + fit_faults(checked.composition, facts)
+        checked.estimate = estimate(checked.recipe, checked.composition, facts)
+        faults += _memory_faults(checked.estimate, facts)
+    return checked
+
+
+def require(recipe: Recipe) -> Checked:
+    """`check`, raising RecipeError when anything is wrong."""
+    checked = check(recipe)
+    if checked.faults or checked.facts is None:
+        raise RecipeError(checked.faults)
+    return checked
+
+
+def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str, Any]:
+    """Memory, steps and time from the shapes alone; times are a span because machines differ.
+
+    Floating-point work per token is 2N forward, 2N for the gradient of activations and 2T for the gradient of what learns.
+    """
+    settings, model, data = recipe.settings, facts.model, facts.data
+    trainable = sum(c.method.num_trainable(c.params, facts) for c in composition.in_slot(Slot.PARAMETRIZATION))
+    examples = max(1, int(data.num_rows * (1 - settings.holdout)))
+    batch = (settings.batch_size or 1) * settings.accumulate
+    steps = ceil((settings.epochs or 1) * ceil(examples / batch))
+    steps = min(steps, settings.max_steps or steps)
+    length = min(settings.max_length or 128, max(8, data.mean_chars / 3.5 + 4))
+    tokens = steps * batch * length
+    dense = sum(out * into for out, into in model.linears.values()) or model.num_parameters
+    flops = tokens * (4 * dense + 2 * min(trainable, dense))
+    half = settings.precision == "bf16"
+    speed = (4e13 if facts.machine.device == "cuda" else 2.2e10 * facts.machine.num_threads) * (1.5 if half else 1.0)
+    seconds = flops / speed + (12 if facts.machine.device == "cpu" else 20)
+    wide = (settings.max_length or 128) * (settings.batch_size or 1)
+    activations = wide * model.hidden_size * max(1, model.num_layers) * (6 if settings.gradient_checkpointing else 34) * (2 if half else 4)
+    logits = wide * model.vocab_size * 8 if model.kind != "encoder" else 0
+    memory = model.num_parameters * (2 if half else 4) + trainable * 16 + activations + logits + 400_000_000
+    return {"memory_bytes": int(memory), "seconds": round(seconds, 1), "seconds_low": round(seconds * 0.5, 1), "seconds_high": round(seconds * 2.5, 1),
+            "num_trainable": int(trainable), "total_steps": steps, "device": facts.machine.device, "device_name": facts.machine.device_name}
+
+
+def _memory_faults(guess: dict[str, Any], facts: Facts) -> list[Fault]:
+    need, have = guess["memory_bytes"], facts.machine.memory_bytes
+    if need <= have:
+        return []
+    return [Fault(where="settings.batch_size", code="out_of_memory",
+                  what=f"This run needs about {need / 1e9:.1f} GB of memory.",
+                  why=f"{facts.machine.device_name} has {have / 1e9:.1f} GB.",
+                  way_out="Choose fewer examples at a time (and add up more batches), a shorter longest text, recomputing activations, "
+                          "a lighter method, or a smaller model.")]
+
+
+def _at(where: str, error: EngineError) -> list[Fault]:
+    faults = error.faults if isinstance(error, RecipeError) else (error.fault,)
+    return [Fault(**{**fault.to_dict(), "where": where if fault.where in {"", "file"} else fault.where}) for fault in faults]

@@ -1,0 +1,232 @@
+"""Export: adapter, exact LoRA form, merged model, model card, reference logits; then the folder is sealed and certified."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import __version__
+from engine.core.artifact import seal
+from engine.core.control import write_json
+from engine.core.facts import DataFacts
+from engine.core.method import Composition
+from engine.core.recipe import Recipe, parse_recipe_text
+from engine.core.slots import Slot
+from engine.io.facts import model_facts
+from engine.io.tensors import load_tensors, save_tensors
+from engine.tasks import task as task_named
+from engine.tasks.base import Predictor, Task
+from engine.train.parts import PartContext, Payload
+from engine.train.run import Ending, Run, parts_by_slot
+from engine.train.trainables import collect
+
+ARTIFACT = "artifact"
+NUM_REFERENCE = 32
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
+
+
+def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
+    """Write the artifact of a finished run beside its place, rename it, certify it, and return its folder."""
+    used_best = run.load_best()
+    final = {key: value for key, value in run.best.items() if key != "step"} if run.best else run.scores
+    folder = run.folder / ARTIFACT
+    beside = run.folder / f".{ARTIFACT}.tmp"
+    _remove(beside)
+    beside.mkdir()
+    _write_reference(run, beside)
+    samples = _samples(run)
+
+    forms: dict[str, str] = {}
+    several = len(run.slots.parametrizations) > 1
+    for chosen, part in zip(run.composition.in_slot(Slot.PARAMETRIZATION), run.slots.parametrizations, strict=True):
+        payload = part.export(run.model)
+        if payload is not None:
+            suffix = f"-{chosen.slug}" if several else ""
+            forms.update(_write_payload(payload, beside / f"adapter{suffix}", run, f"adapter{suffix}"))
+            for name, form in payload.forms.items():
+                forms.update(_write_payload(form, beside / f"{name}{suffix}", run, f"{name}{suffix}"))
+    merged = all([part.merge(run.model) for part in run.slots.parametrizations])
+    if merged:
+        run.task.export_model(run.model.float(), run.tokenizer, run.facts.data, beside / "merged")
+        forms["merged"] = "transformers"
+
+    description = describe(run, ending, final, baseline, samples, forms, used_best)
+    write_json(beside / "artifact.json", description)
+    (beside / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
+    (beside / "README.md").write_text(model_card(description), encoding="utf-8")
+    seal(beside)
+    _remove(folder)
+    beside.rename(folder)
+    certificate = certify_in_clean_process(folder)
+    run.log.emit("artifact", {"path": ARTIFACT, "forms": sorted(forms), "certificate": "pass" if certificate.get("ok") else "fail"},
+                 step=run.clock.step)
+    return folder
+
+
+def describe(
+    run: Run, ending: Ending, final: dict[str, Any], baseline: dict[str, Any], samples: list[dict[str, str]], forms: dict[str, str], used_best: bool
+) -> dict[str, Any]:
+    """The content of artifact.json."""
+    facts = run.facts
+    return {
+        "kind": "model" if "merged" in forms else "adapter", "engine": __version__, "name": run.recipe.name, "task": run.recipe.task,
+        "methods": [{"slug": c.slug, "title": c.method.card.title, "version": c.method.version, "params": c.params.model_dump(mode="json"),
+                     "default": c.index is None} for c in run.composition.chosen],
+        "fingerprint": run.recipe.fingerprint(), "parents": [facts.model.source],
+        "base": {"source": facts.model.source, "family": facts.model.family, "architecture": facts.model.architecture,
+                 "num_parameters": facts.model.num_parameters},
+        "data": {**asdict(facts.data), "num_train": len(run.encoded.train), "num_holdout": len(run.encoded.holdout)},
+        "ending": asdict(ending), "best_step": run.best.get("step"), "used_best": used_best,
+        "metrics": final, "before": run.first_scores, "baseline": baseline, "samples": samples, "forms": forms, "notes": run.encoded.notes,
+        "num_trainable": run.trainables.num_elements(), "steps": run.clock.step, "seconds": round(run.clock.seconds, 2),
+        "tokens": run.clock.tokens, "precision": run.settings.precision, "seed": run.settings.seed,
+    }
+
+
+def model_card(description: dict[str, Any]) -> str:
+    """README.md with the YAML head that model hubs read."""
+    base, metrics, baseline = description["base"], description["metrics"], description["baseline"]
+    methods = ", ".join(m["title"] for m in description["methods"] if not m["default"])
+    numbers = "\n".join(f"| {key.removeprefix('eval_').replace('_', ' ')} | {value:.4f} | {_number(baseline.get(key))} |"
+                        for key, value in metrics.items() if isinstance(value, float) and key.startswith("eval_"))
+    head = ["---", "library_name: transformers", f"base_model: {json.dumps(base['source'])}", f"pipeline_tag: "
+            f"{'text-classification' if description['task'] == 'classify' else 'text-generation'}", "tags: [bonsai-studio]", "---"]
+    forms = "\n".join(f"- `{form}/`: {_FORM_HELP.get(layout, layout)}" for form, layout in sorted(description["forms"].items()))
+    return "\n".join([
+        *head, "", f"# {description['name'] or 'A model trained with Bonsai Studio'}", "",
+        f"Trained from `{base['source']}` ({base['num_parameters']:,} parameters) with {methods}. {description['ending']['message']}", "",
+        f"Learned from {description['data']['num_train']:,} examples; measured on {description['data']['num_holdout']:,} that were kept back. "
+        f"{baseline.get('sentence', '')}", "", "| measure | this model | baseline |", "|---|---|---|", numbers, "", "## Files", "", forms,
+        "- `recipe.yaml`: everything needed to train it again", "- `certificate.json`: what a clean process found when it loaded these files", ""])
+
+
+_FORM_HELP = {
+    "peft": "loads with `peft.PeftModel.from_pretrained` on top of the base model",
+    "bonsai": "our own adapter file, `adapter.json` and `adapter.safetensors`",
+    "transformers": "a complete model directory that plain transformers loads",
+}
+
+
+def certify_in_clean_process(folder: Path) -> dict[str, Any]:
+    """Run `python -m engine certify` on the folder in a fresh interpreter and read the certificate it leaves."""
+    done = subprocess.run([sys.executable, "-m", "engine", "certify", str(folder)], capture_output=True, text=True, timeout=1800, check=False)
+    path = folder / "certificate.json"
+    if not path.exists():
+        write_json(path, {"ok": False, "forms": [], "sentence": "The export could not be loaded in a clean process.",
+                          "detail": done.stderr.strip().splitlines()[-1:]})
+    certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return certificate
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """The predictor of an artifact: from its merged model, or from base and adapter where nothing merges."""
+    description = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
+    task: Task = task_named(description["task"])
+    facts = data_facts_of(description)
+    source = model_facts(f"folder:{folder / 'merged'}", task=description["task"]) if "merged" in description["forms"] else None
+    if source is not None:
+        model = task.load_model(source, facts, dtype=torch.float32, seed=description["seed"])
+        tokenizer = task.load_tokenizer(source)
+    else:
+        model, tokenizer = load_adapted(folder, description)
+    return task.predictor(model.eval(), tokenizer, facts)
+
+
+def data_facts_of(description: dict[str, Any]) -> DataFacts:
+    """The data facts that an artifact remembers."""
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()
+            if key in DataFacts.__dataclass_fields__}
+    return DataFacts(**data)
+
+
+def load_adapted(folder: Path, description: dict[str, Any]) -> tuple[torch.nn.Module, Any]:
+    """Base model plus our own adapter files, through the methods' own attach and restore."""
+    from engine.core.facts import Facts
+    from engine.io.facts import machine_facts
+
+    recipe = parse_recipe_text((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    task = task_named(recipe.task)
+    base, data = model_facts(recipe.model.source, task=recipe.task), data_facts_of(description)
+    composition, slots = build_slots(recipe, Facts(task=recipe.task, model=base, data=data, machine=machine_facts()), task)
+    model = task.load_model(base, data, dtype=torch.float32, seed=recipe.settings.seed)
+    for part in slots.parametrizations:
+        part.attach(model)
+    collect(model, slots.parametrizations, task.fresh(model))
+    several = len(slots.parametrizations) > 1
+    for chosen, part in zip(composition.in_slot(Slot.PARAMETRIZATION), slots.parametrizations, strict=True):
+        path = folder / (f"adapter-{chosen.slug}" if several else "adapter")
+        part.restore(model, read_payload(path))
+        part.sync(model)
+    return model, task.load_tokenizer(base)
+
+
+def build_slots(recipe: Recipe, facts: Any, task: Task) -> tuple[Composition, Any]:
+    """Build every part of a recipe that was checked before."""
+    from engine.core.compose import compose, refuse
+
+    composition, faults = compose(recipe)
+    refuse(faults)
+    built = {}
+    for place, chosen in enumerate(composition.chosen):
+        ctx = PartContext(recipe=recipe, facts=facts, task=task, slug=chosen.slug, index=-1 if chosen.index is None else chosen.index)
+        built[place] = list(chosen.method(chosen.params).parts(ctx))
+    return composition, parts_by_slot(composition, built)
+
+
+def read_payload(folder: Path) -> Payload:
+    """Read an adapter folder, ours or peft's."""
+    peft = (folder / "adapter_config.json").exists()
+    config = json.loads((folder / ("adapter_config.json" if peft else "adapter.json")).read_text(encoding="utf-8"))
+    tensors = load_tensors(folder / ("adapter_model.safetensors" if peft else "adapter.safetensors"), None)
+    return Payload(layout="peft" if peft else "bonsai", config=config, tensors=tensors)
+
+
+def _write_payload(payload: Payload, folder: Path, run: Run, name: str) -> dict[str, str]:
+    folder.mkdir()
+    peft = payload.layout == "peft"
+    save_tensors(folder / ("adapter_model.safetensors" if peft else "adapter.safetensors"),
+                 {key: value.detach().cpu().contiguous() for key, value in payload.tensors.items()}, metadata={"format": "pt"})
+    write_json(folder / ("adapter_config.json" if peft else "adapter.json"), payload.config)
+    run.tokenizer.save_pretrained(folder)
+    return {name: payload.layout}
+
+
+@torch.no_grad()
+def _write_reference(run: Run, folder: Path) -> None:
+    """Held-out inputs, the trained model's logits on them, before anything is merged."""
+    unpacked = run.recipe.model_copy(update={"settings": run.settings.model_copy(update={"packing": False})})
+    tensors: dict[str, Tensor] = {}
+    run.model.eval()
+    for number, start in enumerate(range(0, min(NUM_REFERENCE, len(run.encoded.holdout)), 8)):
+        batch = run.task.collate(run.encoded.holdout[start : start + 8], run.tokenizer, unpacked)
+        with run.autocast():
+            logits, _ = run.task.forward_logits(run.model, {key: value.to(run.device) for key, value in batch.items()})
+        tensors.update({f"{number}/{key}": value for key, value in batch.items()})
+        tensors[f"{number}/logits"] = logits.float().cpu()
+    save_tensors(folder / "reference.safetensors", tensors)
+
+
+def _samples(run: Run) -> list[dict[str, str]]:
+    run.model.eval()
+    with torch.random.fork_rng(devices=[]):
+        samples = run.task.samples(run.model, run.encoded, run.tokenizer, 6)
+    for index, sample in enumerate(samples):
+        run.log.emit("sample", dict(sample), step=run.clock.step, key=str(index))
+    return samples
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "–"
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
