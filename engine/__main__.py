@@ -71,8 +71,10 @@ def _check(chosen: argparse.Namespace) -> int:
     for suggestion in checked.suggestions:
         print(f"{suggestion.where} = {suggestion.value}: {suggestion.reason}")
     guess = checked.estimate
-    print(f"{guess['total_steps']:,} steps, {guess['num_trainable']:,} numbers that may change, about {guess['memory_bytes'] / 1e9:.2f} GB, "
-          f"{guess['seconds_low'] / 60:.1f} to {guess['seconds_high'] / 60:.1f} minutes on {guess['device_name']}.")
+    print(
+        f"{guess['total_steps']:,} steps, {guess['num_trainable']:,} numbers that may change, about {guess['memory_bytes'] / 1e9:.2f} GB, "
+        f"{guess['seconds_low'] / 60:.1f} to {guess['seconds_high'] / 60:.1f} minutes on {guess['device_name']}."
+    )
     return 0
 
 
@@ -92,7 +94,7 @@ def _run(chosen: argparse.Namespace) -> int:
         if not (folder / "recipe.json").exists():
             write_json(folder / "recipe.json", _resolved(recipe))
     from engine.ops.train import run_folder
-    from engine.service import set_threads
+    from engine.train.run import set_threads
 
     set_threads()
     result = run_folder(folder)
@@ -131,7 +133,8 @@ def _serve(chosen: argparse.Namespace) -> int:
 
 
 def _call(chosen: argparse.Namespace) -> int:
-    from engine.service import answer, encode, set_threads
+    from engine.service import answer, encode
+    from engine.train.run import set_threads
 
     request = json.loads(sys.stdin.read())
     set_threads()
@@ -155,10 +158,21 @@ def _read_recipe(path: Path):  # type: ignore[no-untyped-def]
     try:
         return parse_recipe_text(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise bad_input("recipe", f"The recipe {path} could not be read.", f"{error}.", "Check the path.", "unreadable_recipe") from None
+        raise bad_input(
+            "recipe", f"The recipe {path} could not be read.", f"{error}.", "Check the path.", "unreadable_recipe"
+        ) from None
 
 
-_COMMANDS = {"list": _list, "check": _check, "run": _run, "predict": _predict, "certify": _certify, "serve": _serve, "call": _call, "bench": _bench}
+_COMMANDS = {
+    "list": _list,
+    "check": _check,
+    "run": _run,
+    "predict": _predict,
+    "certify": _certify,
+    "serve": _serve,
+    "call": _call,
+    "bench": _bench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

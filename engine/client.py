@@ -30,8 +30,16 @@ class Engine:
         except (FileNotFoundError, ConnectionError):
             raw = self._ask_process(line)
         except TimeoutError:
-            raise EngineError(Fault(where="engine", what="The engine did not answer in time.", why="It is probably busy with something large.",
-                                    way_out="Try again in a minute.", code="engine_timeout"), "environment") from None
+            raise EngineError(
+                Fault(
+                    where="engine",
+                    what="The engine did not answer in time.",
+                    why="It is probably busy with something large.",
+                    way_out="Try again in a minute.",
+                    code="engine_timeout",
+                ),
+                "environment",
+            ) from None
         answer: dict[str, Any] = json.loads(raw)
         if answer.pop("ok", False):
             return answer
@@ -67,9 +75,23 @@ class Engine:
         return b"".join(pieces)
 
     def _ask_process(self, line: bytes) -> bytes:
-        done = subprocess.run([sys.executable, "-m", "engine", "call"], input=line, capture_output=True, timeout=self.timeout * 3,
-                              check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+        done = subprocess.run(
+            [sys.executable, "-m", "engine", "call"],
+            input=line,
+            capture_output=True,
+            timeout=self.timeout * 3,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+        )
         if done.returncode != 0 or not done.stdout.strip():
-            raise EngineError(Fault(where="engine", what="The engine could not be started.", why=done.stderr.decode(errors="replace")[-300:],
-                                    way_out="Check the installation with: python -m engine list", code="engine_start"), "environment")
+            raise EngineError(
+                Fault(
+                    where="engine",
+                    what="The engine could not be started.",
+                    why=done.stderr.decode(errors="replace")[-300:],
+                    way_out="Check the installation with: python -m engine list",
+                    code="engine_start",
+                ),
+                "environment",
+            )
         return done.stdout.strip().splitlines()[-1]

@@ -41,16 +41,31 @@ def answer_catalogue(request: Answer) -> Answer:
     return {
         "version": __version__,
         "methods": [method.describe() for method in catalogue().values()],
-        "tasks": [{"name": t.name, "title": t.title, "sentence": t.sentence, "data_shapes": list(t.data_shapes), "roles": list(t.roles),
-                   "model_kinds": list(t.model_kinds)} for t in tasks().values()],
+        "tasks": [
+            {
+                "name": t.name,
+                "title": t.title,
+                "sentence": t.sentence,
+                "data_shapes": list(t.data_shapes),
+                "roles": list(t.roles),
+                "model_kinds": list(t.model_kinds),
+            }
+            for t in tasks().values()
+        ],
         "settings": TrainSettings.model_json_schema(),
-        "slots": [{"name": slot.value, "title": slot.title, "arity": slot.arity.value, "law": slot.law} for slot in Slot],
+        "slots": [
+            {"name": slot.value, "title": slot.words, "arity": slot.arity.value, "law": slot.law} for slot in Slot
+        ],
         "models": starter_models(),
     }
 
 
 def answer_ping(request: Answer) -> Answer:
-    return {"pid": os.getpid(), "version": __version__, "num_train_methods": sum(issubclass(m, TrainMethod) for m in catalogue().values())}
+    return {
+        "pid": os.getpid(),
+        "version": __version__,
+        "num_train_methods": sum(issubclass(m, TrainMethod) for m in catalogue().values()),
+    }
 
 
 def answer_device(request: Answer) -> Answer:
@@ -91,7 +106,11 @@ def answer_certify(request: Answer) -> Answer:
 
 HERE: dict[str, Callable[[Answer], Answer]] = {"ping": answer_ping, "catalogue": answer_catalogue}
 FORKED: dict[str, Callable[[Answer], Answer]] = {
-    "check": answer_check, "model_facts": answer_model_facts, "predict": answer_predict, "certify": answer_certify, "device": answer_device,
+    "check": answer_check,
+    "model_facts": answer_model_facts,
+    "predict": answer_predict,
+    "certify": answer_certify,
+    "device": answer_device,
 }
 
 
@@ -101,8 +120,15 @@ def answer(request: Any) -> Answer:
         name = request.get("call") if isinstance(request, dict) else None
         handler = HERE.get(name) or FORKED.get(name)
         if handler is None:
-            raise EngineError(Fault(where="call", what=f"There is no call '{name}'.", why="The engine does not know it.",
-                                    way_out=f"Use one of: {', '.join([*HERE, *FORKED, 'launch'])}.", code="unknown_call"))
+            raise EngineError(
+                Fault(
+                    where="call",
+                    what=f"There is no call '{name}'.",
+                    why="The engine does not know it.",
+                    way_out=f"Use one of: {', '.join([*HERE, *FORKED, 'launch'])}.",
+                    code="unknown_call",
+                )
+            )
         return {"ok": True, **handler(request)}
     except RecipeError as error:
         return {"ok": False, "reason": "bad_input", "faults": [fault.to_dict() for fault in error.faults]}
@@ -110,9 +136,19 @@ def answer(request: Any) -> Answer:
         return {"ok": False, "reason": error.reason, "faults": [error.fault.to_dict()]}
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
-        return {"ok": False, "reason": "bug", "faults": [Fault(
-            where="engine", what="The engine met a fault of its own.", why=f"{type(error).__name__}: {str(error)[:300]}",
-            way_out="Try again; if it happens twice, report it.", code="bug").to_dict()]}
+        return {
+            "ok": False,
+            "reason": "bug",
+            "faults": [
+                Fault(
+                    where="engine",
+                    what="The engine met a fault of its own.",
+                    why=f"{type(error).__name__}: {str(error)[:300]}",
+                    way_out="Try again; if it happens twice, report it.",
+                    code="bug",
+                ).to_dict()
+            ],
+        }
 
 
 def encode(body: Answer) -> bytes:
@@ -191,7 +227,9 @@ class Service:
 
     def _fork_call(self, link: socket.socket, request: Answer) -> None:
         if self.on_gpu:
-            process = subprocess.Popen([sys.executable, "-m", "engine", "call"], stdin=subprocess.PIPE, stdout=link.fileno())
+            process = subprocess.Popen(
+                [sys.executable, "-m", "engine", "call"], stdin=subprocess.PIPE, stdout=link.fileno()
+            )
             assert process.stdin is not None
             process.stdin.write(encode(request))
             process.stdin.close()
@@ -211,13 +249,28 @@ class Service:
 
     def _launch(self, folder: Path) -> Answer:
         if not (folder / "recipe.json").exists():
-            return {"ok": False, "reason": "bad_input", "faults": [Fault(
-                where="folder", what="There is no recipe in this job's folder.", why="It was removed, or never written.",
-                way_out="Start the run again.", code="no_recipe").to_dict()]}
+            return {
+                "ok": False,
+                "reason": "bad_input",
+                "faults": [
+                    Fault(
+                        where="folder",
+                        what="There is no recipe in this job's folder.",
+                        why="It was removed, or never written.",
+                        way_out="Start the run again.",
+                        code="no_recipe",
+                    ).to_dict()
+                ],
+            }
         if self.on_gpu:
             with (folder / "child.log").open("ab") as output:
-                process = subprocess.Popen([sys.executable, "-m", "engine", "run", str(folder)], stdin=subprocess.DEVNULL, stdout=output,
-                                           stderr=output, start_new_session=True)
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "engine", "run", str(folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
             self.spawned[process.pid] = process
             self.children[process.pid] = folder
             return {"ok": True, "pid": process.pid, "started": process_start(process.pid)}
@@ -232,6 +285,7 @@ class Service:
                 os.dup2(output_fd, 2)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 from engine.ops.train import run_folder
+                from engine.train.run import set_threads
 
                 set_threads()
                 run_folder(folder)
@@ -282,21 +336,26 @@ class Service:
         return torch.cuda.is_available()
 
 
-def set_threads() -> None:
-    """The stated thread count of a child: BONSAI_THREADS, or every core."""
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("BONSAI_THREADS", "0")) or os.cpu_count() or 1)
-
-
 def warm_up() -> None:
     """Import everything a child needs; run no tensor operation."""
     import importlib
 
-    for name in ("torch", "transformers", "peft", "safetensors.torch", "sklearn.linear_model", "sklearn.metrics", "pyarrow.parquet",
-                 "transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert",
-                 "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
-                 "engine.ops.check", "engine.ops.train", "engine.train.certificate"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "safetensors.torch",
+        "sklearn.linear_model",
+        "sklearn.metrics",
+        "pyarrow.parquet",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "engine.ops.check",
+        "engine.ops.train",
+        "engine.train.certificate",
+    ):
         importlib.import_module(name)
     catalogue()
 

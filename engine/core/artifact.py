@@ -39,7 +39,8 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file of an artifact but the manifest and the certificate: relative path -> bytes and sha256."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in _OUTSIDE
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in _OUTSIDE
     }
 
 

@@ -36,10 +36,19 @@ def compose(recipe: Recipe) -> tuple[Composition, list[Fault]]:
             if fallback is not None:
                 chosen.append(Chosen(method=fallback, params=fallback.Params(), index=None))
             else:
-                faults.append(Fault(where="methods", what=f"Nothing fills the {slot.title} for the goal {recipe.task}.", why=slot.law,
-                                    way_out=f"Add a method for the {slot.title}.", code="slot_empty"))
+                faults.append(
+                    Fault(
+                        where="methods",
+                        what=f"Nothing fills the {slot.words} for the goal {recipe.task}.",
+                        why=slot.law,
+                        way_out=f"Add a method for the {slot.words}.",
+                        code="slot_empty",
+                    )
+                )
     by_slot = {slot: tuple(item for item in chosen if slot in item.method.slots) for slot in Slot}
-    by_slot[Slot.DATA_POLICY] = tuple(sorted(by_slot[Slot.DATA_POLICY], key=lambda item: item.method.phase or Phase.LOAD))
+    by_slot[Slot.DATA_POLICY] = tuple(
+        sorted(by_slot[Slot.DATA_POLICY], key=lambda item: item.method.phase or Phase.LOAD)
+    )
     return Composition(tuple(chosen), by_slot), faults
 
 
@@ -50,8 +59,15 @@ def fit_faults(composition: Composition, facts: Facts) -> list[Fault]:
     for item in composition.chosen:
         verdict = item.method.supports(facts)
         if not verdict.ok:
-            faults.append(Fault(where=f"{item.where}.slug", what=f"{item.method.card.title} does not fit here.", why=verdict.why,
-                                way_out=verdict.way_out, code="does_not_fit"))
+            faults.append(
+                Fault(
+                    where=f"{item.where}.slug",
+                    what=f"{item.method.card.title} does not fit here.",
+                    why=verdict.why,
+                    way_out=verdict.way_out,
+                    code="does_not_fit",
+                )
+            )
             continue
         for fault in item.method.check(item.params, facts):
             faults.append(Fault(**{**fault.to_dict(), "where": f"{item.where}.params.{fault.where}"}))
@@ -60,12 +76,16 @@ def fit_faults(composition: Composition, facts: Facts) -> list[Fault]:
     for (one, mine), (other, theirs) in combinations(claims, 2):
         both = sorted(mine & theirs)
         if both:
-            faults.append(Fault(
-                where=f"{other.where}.slug", code="claimed_twice",
-                what=f"{one.method.card.title} and {other.method.card.title} both want to change {both[0]}"
-                     + (f" and {len(both) - 1} more weights." if len(both) > 1 else "."),
-                why=Slot.PARAMETRIZATION.law,
-                way_out=f"Remove one of the two, or give {other.method.card.title} other target layers."))
+            faults.append(
+                Fault(
+                    where=f"{other.where}.slug",
+                    code="claimed_twice",
+                    what=f"{one.method.card.title} and {other.method.card.title} both want to change {both[0]}"
+                    + (f" and {len(both) - 1} more weights." if len(both) > 1 else "."),
+                    why=Slot.PARAMETRIZATION.law,
+                    way_out=f"Remove one of the two, or give {other.method.card.title} other target layers.",
+                )
+            )
     return faults
 
 
@@ -79,7 +99,9 @@ def resolve(recipe: Recipe, composition: Composition, facts: Facts) -> tuple[Rec
     taken: dict[str, Suggestion] = {}
     for suggestion in advice:
         taken.setdefault(suggestion.where, suggestion)
-    values = {where.removeprefix("settings."): item.value for where, item in taken.items() if where.startswith("settings.")}
+    values = {
+        where.removeprefix("settings."): item.value for where, item in taken.items() if where.startswith("settings.")
+    }
     settings = recipe.settings.model_dump()
     settings.update({key: value for key, value in values.items() if settings.get(key) is None})
     if recipe.settings.precision == "auto":
@@ -88,7 +110,9 @@ def resolve(recipe: Recipe, composition: Composition, facts: Facts) -> tuple[Rec
     for index, ref in enumerate(recipe.methods):
         prefix = f"methods[{index}].params."
         extra = {where.removeprefix(prefix): item.value for where, item in taken.items() if where.startswith(prefix)}
-        methods[index] = MethodRef(slug=ref.slug, params={**extra, **{k: v for k, v in ref.params.items() if v is not None}})
+        methods[index] = MethodRef(
+            slug=ref.slug, params={**extra, **{k: v for k, v in ref.params.items() if v is not None}}
+        )
     filled = recipe.model_copy(update={"settings": TrainSettings.model_validate(settings), "methods": tuple(methods)})
     return filled, list(taken.values())
 
@@ -100,14 +124,21 @@ def refuse(faults: list[Fault]) -> None:
 
 
 def _default_for(slot: Slot, known: dict[str, type[TrainMethod]], task: str) -> type[TrainMethod] | None:
-    fitting = [m for m in known.values() if m.default and slot in m.slots and (not m.needs.tasks or task in m.needs.tasks)]
+    fitting = [
+        m for m in known.values() if m.default and slot in m.slots and (not m.needs.tasks or task in m.needs.tasks)
+    ]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _nothing_learns(known: dict[str, type[TrainMethod]]) -> Fault:
     ways = [slug for slug, method in known.items() if Slot.PARAMETRIZATION in method.slots]
-    return Fault(where="methods", what="Nothing would learn.", why=Slot.PARAMETRIZATION.law,
-                 way_out=f"Add one of: {', '.join(ways)}.", code="slot_empty")
+    return Fault(
+        where="methods",
+        what="Nothing would learn.",
+        why=Slot.PARAMETRIZATION.law,
+        way_out=f"Add one of: {', '.join(ways)}.",
+        code="slot_empty",
+    )
 
 
 def _general_advice(recipe: Recipe, facts: Facts) -> list[Suggestion]:
@@ -125,14 +156,26 @@ def _general_advice(recipe: Recipe, facts: Facts) -> list[Suggestion]:
     per_example = 1 if not recipe.settings.batch_size else recipe.settings.batch_size
     precise = facts.machine.device == "cuda" and facts.machine.has_bf16
     return [
-        Suggestion(where="settings.epochs", value=passes,
-                   reason=f"There are {rows:,} examples; {'large' if rows > 5000 else 'small'} data is read {passes:g} times."),
-        Suggestion(where="settings.batch_size", value=batch,
-                   reason=f"{batch} examples at a time are steady enough and fit easily in memory." if per_example else ""),
-        Suggestion(where="settings.max_length", value=length,
-                   reason=f"99 % of the texts have at most {int(data.p99_chars):,} characters, about {tokens:,} tokens; "
-                          f"this model reads up to {facts.model.max_positions:,}."),
+        Suggestion(
+            where="settings.epochs",
+            value=passes,
+            reason=f"There are {rows:,} examples; {'large' if rows > 5000 else 'small'} data is read {passes:g} times.",
+        ),
+        Suggestion(
+            where="settings.batch_size",
+            value=batch,
+            reason=f"{batch} examples at a time are steady enough and fit easily in memory." if per_example else "",
+        ),
+        Suggestion(
+            where="settings.max_length",
+            value=length,
+            reason=f"99 % of the texts have at most {int(data.p99_chars):,} characters, about {tokens:,} tokens; "
+            f"this model reads up to {facts.model.max_positions:,}.",
+        ),
         Suggestion(where="settings.learning_rate", value=1e-4, reason="A careful middle value."),
-        Suggestion(where="settings.precision", value="bf16" if precise else "fp32",
-                   reason="This GPU computes quickly in bf16." if precise else "On this machine fp32 is exact and repeatable."),
+        Suggestion(
+            where="settings.precision",
+            value="bf16" if precise else "fp32",
+            reason="This GPU computes quickly in bf16." if precise else "On this machine fp32 is exact and repeatable.",
+        ),
     ]

@@ -31,7 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["state", "metric", "evaluation", "progress", "log", "sample", "signal", "checkpoint", "artifact", "child"]
+Kind = Literal[
+    "state", "metric", "evaluation", "progress", "log", "sample", "signal", "checkpoint", "artifact", "child"
+]
 LOG_NAME = "events.jsonl"
 _ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal"})
 _SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child"})
@@ -77,8 +79,9 @@ class EventLog:
         self.seq = 0
         end = 0
         if self.path.exists():
-            for event, end in read_events(self.path):
+            for event, offset in read_events(self.path):
                 self._remember(event)
+                end = offset
         self._file = self.path.open("ab")
         self._file.truncate(end)  # a line torn by a crash was never an event
         self._file.seek(0, os.SEEK_END)

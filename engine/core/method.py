@@ -92,7 +92,9 @@ class Method:
     needs: ClassVar[Needs] = Needs()
     presets: ClassVar[dict[str, dict[str, Any]]] = {"tiny": {}, "paper": {}}
     version: ClassVar[str] = "1"
-    cannot: ClassVar[dict[str, str]] = {}  # conformance point -> reason, e.g. {"merge": "The mask depends on the input."}
+    cannot: ClassVar[
+        dict[str, str]
+    ] = {}  # conformance point -> reason, e.g. {"merge": "The mask depends on the input."}
 
     class Params(HyperParams):
         """No hyperparameters."""
@@ -105,14 +107,23 @@ class Method:
         """Say whether this method fits the facts. The default reads `needs`."""
         needs, title = cls.needs, cls.card.title
         if needs.tasks and facts.task not in needs.tasks:
-            return Verdict(False, f"{title} is made for the goal {' or '.join(needs.tasks)}, not for {facts.task}.",
-                           f"Choose another method, or the goal {needs.tasks[0]}.")
+            return Verdict(
+                False,
+                f"{title} is made for the goal {' or '.join(needs.tasks)}, not for {facts.task}.",
+                f"Choose another method, or the goal {needs.tasks[0]}.",
+            )
         if needs.kinds and facts.model.kind not in needs.kinds:
-            return Verdict(False, f"{title} works on {' or '.join(needs.kinds)} models and this model is an {facts.model.kind}.",
-                           "Choose another model or another method.")
+            return Verdict(
+                False,
+                f"{title} works on {' or '.join(needs.kinds)} models and this model is an {facts.model.kind}.",
+                "Choose another model or another method.",
+            )
         if needs.linear_layers and not facts.model.linears:
-            return Verdict(False, f"{title} edits linear layers and this model shows none that it knows.",
-                           "Choose a transformer model, or full fine-tuning.")
+            return Verdict(
+                False,
+                f"{title} edits linear layers and this model shows none that it knows.",
+                "Choose a transformer model, or full fine-tuning.",
+            )
         return Verdict(True)
 
     @classmethod
@@ -217,8 +228,13 @@ def arity_faults(chosen: Sequence[Chosen]) -> Iterator[Fault]:
         holders = [item for item in chosen if slot in item.method.slots and item.index is not None]
         if slot.arity is Arity.ONE and len(holders) > 1:
             names = " and ".join(item.method.card.title for item in holders)
-            yield Fault(where=holders[1].where, what=f"{names} both want to be the {slot.title}.", why=slot.law,
-                        way_out=f"Keep {holders[0].method.card.title} and remove the other, or the other way round.", code="slot_taken")
+            yield Fault(
+                where=holders[1].where,
+                what=f"{names} both want to be the {slot.words}.",
+                why=slot.law,
+                way_out=f"Keep {holders[0].method.card.title} and remove the other, or the other way round.",
+                code="slot_taken",
+            )
 
 
 def method_ref_fault(ref: MethodRef, index: int, known: Sequence[str]) -> Fault:
@@ -226,6 +242,10 @@ def method_ref_fault(ref: MethodRef, index: int, known: Sequence[str]) -> Fault:
     import difflib
 
     close = difflib.get_close_matches(ref.slug, known, n=1)
-    return Fault(where=f"methods[{index}].slug", what=f"There is no method called '{ref.slug}'.",
-                 why="It is neither built in nor offered by an installed package.",
-                 way_out=f"Did you mean '{close[0]}'?" if close else f"Choose one of: {', '.join(sorted(known))}.", code="unknown_method")
+    return Fault(
+        where=f"methods[{index}].slug",
+        what=f"There is no method called '{ref.slug}'.",
+        why="It is neither built in nor offered by an installed package.",
+        way_out=f"Did you mean '{close[0]}'?" if close else f"Choose one of: {', '.join(sorted(known))}.",
+        code="unknown_method",
+    )

@@ -23,7 +23,9 @@ class HyperParams(BaseModel):
         for name, field in cls.model_fields.items():
             extra = field.json_schema_extra
             if not isinstance(extra, dict) or "tier" not in extra:
-                raise TypeError(f"{cls.__qualname__}.{name} must be declared with dial(...), which asks for its help and tier.")
+                raise TypeError(
+                    f"{cls.__qualname__}.{name} must be declared with dial(...), which asks for its help and tier."
+                )
             if _is_number(field.annotation) and not {"unit", "low", "high"} <= extra.keys():
                 raise TypeError(f"{cls.__qualname__}.{name} is a number: dial(...) needs unit=, low= and high=.")
 
@@ -73,23 +75,46 @@ def _fault(item: Any, prefix: str, model: type[BaseModel]) -> Fault:
     if kind == "extra_forbidden":
         known = ", ".join(model.model_fields)
         return Fault(
-            where=where, what=f"There is no setting called '{path}'.", why="It would have been ignored silently.",
-            way_out=f"Remove it or use one of: {known}." if len(item["loc"]) == 1 and known else "Remove it.", code="unknown_setting",
+            where=where,
+            what=f"There is no setting called '{path}'.",
+            why="It would have been ignored silently.",
+            way_out=f"Remove it or use one of: {known}." if len(item["loc"]) == 1 and known else "Remove it.",
+            code="unknown_setting",
         )
     if kind == "missing":
-        return Fault(where=where, what=f"'{name}' is missing.", why="The run cannot be described without it.",
-                     way_out=f"Add '{name}'.", code="missing")
+        return Fault(
+            where=where,
+            what=f"'{name}' is missing.",
+            why="The run cannot be described without it.",
+            way_out=f"Add '{name}'.",
+            code="missing",
+        )
     if kind in {"greater_than_equal", "less_than_equal", "greater_than", "less_than"}:
         limit = next(iter(ctx.values()), None)
         side = "smaller than the least" if kind.startswith("greater") else "larger than the largest"
-        return Fault(where=where, what=f"'{name}' is {shown}.", why=f"That is {side} value that makes sense, {limit}.",
-                     way_out=span or f"Choose a value within the limit {limit}.", code="out_of_range")
+        return Fault(
+            where=where,
+            what=f"'{name}' is {shown}.",
+            why=f"That is {side} value that makes sense, {limit}.",
+            way_out=span or f"Choose a value within the limit {limit}.",
+            code="out_of_range",
+        )
     if kind in {"literal_error", "enum"}:
-        return Fault(where=where, what=f"'{name}' is {shown}.", why="That is not one of the choices.",
-                     way_out=f"Choose one of {ctx.get('expected')}.", code="not_a_choice")
+        return Fault(
+            where=where,
+            what=f"'{name}' is {shown}.",
+            why="That is not one of the choices.",
+            way_out=f"Choose one of {ctx.get('expected')}.",
+            code="not_a_choice",
+        )
     message = str(item["msg"]).removeprefix("Value error, ")
-    return Fault(where=where, what=f"'{name}' is {shown}.", why=message[:1].upper() + message[1:].rstrip(".") + ".",
-                 way_out=span or "Correct the value.", code="invalid_value")
+    return Fault(
+        where=where,
+        what=f"'{name}' is {shown}.",
+        why=message[:1].upper() + message[1:].rstrip(".") + ".",
+        way_out=span or "Correct the value.",
+        code="invalid_value",
+    )
 
 
 def _dotted(loc: tuple[Any, ...]) -> str:

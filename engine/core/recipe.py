@@ -47,46 +47,118 @@ class TrainSettings(HyperParams):
     """What every training run shares. None means: let the studio suggest a value and say why."""
 
     learning_rate: float | None = dial(
-        None, label="Learning rate", unit="1", low=0.0, high=10.0, tier="basic", suggested="It depends on the method.",
+        None,
+        label="Learning rate",
+        unit="1",
+        low=0.0,
+        high=10.0,
+        tier="basic",
+        suggested="It depends on the method.",
         help="How big a correction the model makes after each batch. Too high and it stumbles, too low and it learns nothing.",
     )
     epochs: float | None = dial(
-        None, label="Passes over the data", unit="epochs", low=0.01, high=1000, tier="basic",
+        None,
+        label="Passes over the data",
+        unit="epochs",
+        low=0.01,
+        high=1000,
+        tier="basic",
         suggested="Small data needs more passes.",
         help="How many times the model reads all the examples. More passes learn more, until it starts to memorise.",
     )
     batch_size: int | None = dial(
-        None, label="Examples at a time", unit="examples", low=1, high=4096, tier="basic", suggested="It depends on memory.",
+        None,
+        label="Examples at a time",
+        unit="examples",
+        low=1,
+        high=4096,
+        tier="basic",
+        suggested="It depends on memory.",
         help="How many examples are read before each correction. More is steadier and needs more memory.",
     )
     max_length: int | None = dial(
-        None, label="Longest text", unit="tokens", low=8, high=131072, tier="basic",
+        None,
+        label="Longest text",
+        unit="tokens",
+        low=8,
+        high=131072,
+        tier="basic",
         suggested="Long enough for 99 % of the examples.",
         help="Longer texts are cut at this many tokens; a token is a word or a piece of one.",
     )
-    accumulate: int = dial(1, label="Batches per correction", unit="batches", low=1, high=1024,
-                           help="Adds up this many batches before one correction: a large batch in little memory.")
-    max_steps: int | None = dial(None, label="Stop after", unit="steps", low=1, high=10_000_000,
-                                 help="Stops after this many corrections, whatever the passes say.")
-    max_minutes: float | None = dial(None, label="Time limit", unit="minutes", low=0.05, high=100_000,
-                                     help="Stops, keeps and exports what was learned when the time is over.")
+    accumulate: int = dial(
+        1,
+        label="Batches per correction",
+        unit="batches",
+        low=1,
+        high=1024,
+        help="Adds up this many batches before one correction: a large batch in little memory.",
+    )
+    max_steps: int | None = dial(
+        None,
+        label="Stop after",
+        unit="steps",
+        low=1,
+        high=10_000_000,
+        help="Stops after this many corrections, whatever the passes say.",
+    )
+    max_minutes: float | None = dial(
+        None,
+        label="Time limit",
+        unit="minutes",
+        low=0.05,
+        high=100_000,
+        help="Stops, keeps and exports what was learned when the time is over.",
+    )
     precision: Literal["auto", "fp32", "bf16"] = dial(
-        "auto", label="Number format", suggested="bf16 on a GPU that has it, fp32 elsewhere.",
-        help="bf16 halves the memory for the frozen weights and activations; what learns is always kept in fp32.")
+        "auto",
+        label="Number format",
+        suggested="bf16 on a GPU that has it, fp32 elsewhere.",
+        help="bf16 halves the memory for the frozen weights and activations; what learns is always kept in fp32.",
+    )
     gradient_checkpointing: bool = dial(
-        False, label="Recompute instead of remember",
-        help="Saves memory by computing activations twice; about a fifth slower.")
-    packing: bool = dial(True, label="Pack short texts together",
-                         help="Puts several short texts into one row, kept apart by a mask, so that no work is wasted on padding.")
-    holdout: float = dial(0.15, label="Kept back for testing", unit="share", low=0.01, high=0.5,
-                          help="This share of the examples is never learned from, only used to measure.")
-    evaluations: int = dial(8, label="Measurements", unit="times", low=1, high=1000,
-                            help="How often the kept-back examples are scored during the run.")
-    checkpoint_every: int | None = dial(None, label="Save every", unit="steps", low=1, high=1_000_000,
-                                        suggested="About ten times per run.",
-                                        help="How often the run is saved so that it can go on after an interruption.")
-    seed: int = dial(17, label="Seed", unit="1", low=0, high=2**31 - 1,
-                     help="The same seed gives the same run, bit for bit on a CPU.")
+        False,
+        label="Recompute instead of remember",
+        help="Saves memory by computing activations twice; about a fifth slower.",
+    )
+    packing: bool = dial(
+        True,
+        label="Pack short texts together",
+        help="Puts several short texts into one row, kept apart by a mask, so that no work is wasted on padding.",
+    )
+    holdout: float = dial(
+        0.15,
+        label="Kept back for testing",
+        unit="share",
+        low=0.01,
+        high=0.5,
+        help="This share of the examples is never learned from, only used to measure.",
+    )
+    evaluations: int = dial(
+        8,
+        label="Measurements",
+        unit="times",
+        low=1,
+        high=1000,
+        help="How often the kept-back examples are scored during the run.",
+    )
+    checkpoint_every: int | None = dial(
+        None,
+        label="Save every",
+        unit="steps",
+        low=1,
+        high=1_000_000,
+        suggested="About ten times per run.",
+        help="How often the run is saved so that it can go on after an interruption.",
+    )
+    seed: int = dial(
+        17,
+        label="Seed",
+        unit="1",
+        low=0,
+        high=2**31 - 1,
+        help="The same seed gives the same run, bit for bit on a CPU.",
+    )
 
 
 class Recipe(Frozen):
@@ -117,8 +189,17 @@ def canonical(value: Any) -> str:
 def parse_recipe(data: Any) -> Recipe:
     """Read a recipe from parsed JSON or YAML; every fault at once as a RecipeError."""
     if not isinstance(data, dict):
-        raise RecipeError([Fault(where="recipe", what="This is not a recipe.", why=f"A recipe is a mapping; this is a {type(data).__name__}.",
-                                 way_out="Start from a recipe exported by the studio.", code="not_a_recipe")])
+        raise RecipeError(
+            [
+                Fault(
+                    where="recipe",
+                    what="This is not a recipe.",
+                    why=f"A recipe is a mapping; this is a {type(data).__name__}.",
+                    way_out="Start from a recipe exported by the studio.",
+                    code="not_a_recipe",
+                )
+            ]
+        )
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -141,12 +222,26 @@ def parse_recipe_text(text: str) -> Recipe:
             problem = f"Line {mark.line + 1} is not valid YAML." if mark else "It is not valid YAML."
         except RecursionError:
             problem = "It is nested too deeply."
-    raise RecipeError([Fault(where="recipe", what="This recipe could not be read.", why=problem,
-                             way_out="Correct it or export a fresh recipe from the studio.", code="unreadable_recipe")])
+    raise RecipeError(
+        [
+            Fault(
+                where="recipe",
+                what="This recipe could not be read.",
+                why=problem,
+                way_out="Correct it or export a fresh recipe from the studio.",
+                code="unreadable_recipe",
+            )
+        ]
+    )
 
 
 def _recipe_faults(error: ValidationError) -> list[Fault]:
-    models: dict[str, type[BaseModel]] = {"settings": TrainSettings, "model": ModelRef, "data": DataRef, "methods": MethodRef}
+    models: dict[str, type[BaseModel]] = {
+        "settings": TrainSettings,
+        "model": ModelRef,
+        "data": DataRef,
+        "methods": MethodRef,
+    }
     faults: list[Fault] = []
     for item in error.errors(include_url=False):
         head = str(item["loc"][0]) if item["loc"] else ""

@@ -26,7 +26,9 @@ def catalogue() -> dict[str, type[Method]]:
     for method in _discover():
         slug = method.card.slug
         if slug in found and found[slug] is not method:
-            raise RegistryError(f"Two methods call themselves '{slug}': {found[slug].__module__} and {method.__module__}.")
+            raise RegistryError(
+                f"Two methods call themselves '{slug}': {found[slug].__module__} and {method.__module__}."
+            )
         found[slug] = method
     return dict(sorted(found.items()))
 
@@ -38,7 +40,9 @@ def _discover() -> Iterator[type[Method]]:
         methods = list(methods_in(module))
         expected = info.name.replace("_", "-")
         if [method.card.slug for method in methods] != [expected]:
-            raise RegistryError(f"engine/methods/{info.name}.py must declare exactly one method, with the slug '{expected}'.")
+            raise RegistryError(
+                f"engine/methods/{info.name}.py must declare exactly one method, with the slug '{expected}'."
+            )
         yield from methods
     for entry in entry_points(group=GROUP):
         loaded = entry.load()
@@ -48,5 +52,10 @@ def _discover() -> Iterator[type[Method]]:
 def methods_in(module: ModuleType) -> Iterator[type[Method]]:
     """The classes with a card that `module` itself defines."""
     for _, value in sorted(vars(module).items()):
-        if inspect.isclass(value) and issubclass(value, Method) and "card" in vars(value) and value.__module__ == module.__name__:
+        if (
+            inspect.isclass(value)
+            and issubclass(value, Method)
+            and "card" in vars(value)
+            and value.__module__ == module.__name__
+        ):
             yield value

@@ -6,6 +6,8 @@ from enum import IntEnum, StrEnum
 
 
 class Arity(StrEnum):
+    """How many parts a slot holds."""
+
     ONE = "one"
     MANY = "many"
 
@@ -28,7 +30,8 @@ class Slot(StrEnum):
         return Arity.ONE if self in _ONE else Arity.MANY
 
     @property
-    def title(self) -> str:
+    def words(self) -> str:
+        """The name as a person reads it."""
         return self.value.replace("_", " ")
 
     @property

@@ -32,21 +32,36 @@ class Checked:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "recipe": self.recipe.model_dump(mode="json"), "fingerprint": self.recipe.fingerprint(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "fingerprint": self.recipe.fingerprint(),
             "faults": [fault.to_dict() for fault in self.faults],
             "suggestions": [{"where": s.where, "value": s.value, "reason": s.reason} for s in self.suggestions],
-            "composition": [{"slot": slot.value, "slug": item.slug, "default": item.index is None}
-                            for slot in Slot for item in self.composition.in_slot(slot)],
-            "verdicts": self.verdicts, "estimate": self.estimate,
+            "composition": [
+                {"slot": slot.value, "slug": item.slug, "default": item.index is None}
+                for slot in Slot
+                for item in self.composition.in_slot(slot)
+            ],
+            "verdicts": self.verdicts,
+            "estimate": self.estimate,
         }
 
 
 def check(recipe: Recipe) -> Checked:
     """Everything that can be known before weights are loaded."""
     if recipe.operation != "train":
-        return Checked(recipe=recipe, composition=Composition(()), faults=[Fault(
-            where="operation", what=f"The operation '{recipe.operation}' cannot be queued as a training run.", why="This check is for training runs.",
-            way_out="Use the operation 'train'.", code="wrong_operation")])
+        return Checked(
+            recipe=recipe,
+            composition=Composition(()),
+            faults=[
+                Fault(
+                    where="operation",
+                    what=f"The operation '{recipe.operation}' cannot be queued as a training run.",
+                    why="This check is for training runs.",
+                    way_out="Use the operation 'train'.",
+                    code="wrong_operation",
+                )
+            ],
+        )
     composition, faults = compose(recipe)
     checked = Checked(recipe=recipe, composition=composition, faults=faults)
     try:
@@ -58,10 +73,15 @@ def check(recipe: Recipe) -> Checked:
     try:
         model = model_facts(recipe.model.source, task=recipe.task)
         if model.kind not in task.model_kinds:
-            faults.append(Fault(
-                where="model.source", what=f"This model is an {model.kind}.", code="wrong_model_kind",
-                why=f"The goal '{task.title}' needs a model of the kind {' or '.join(task.model_kinds)}.",
-                way_out="Choose another model, or another goal."))
+            faults.append(
+                Fault(
+                    where="model.source",
+                    what=f"This model is an {model.kind}.",
+                    code="wrong_model_kind",
+                    why=f"The goal '{task.title}' needs a model of the kind {' or '.join(task.model_kinds)}.",
+                    way_out="Choose another model, or another goal.",
+                )
+            )
     except EngineError as error:
         faults += _at("model.source", error)
     try:
@@ -113,24 +133,45 @@ def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str
     speed = (4e13 if facts.machine.device == "cuda" else 2.2e10 * facts.machine.num_threads) * (1.5 if half else 1.0)
     seconds = flops / speed + (12 if facts.machine.device == "cpu" else 20)
     wide = (settings.max_length or 128) * (settings.batch_size or 1)
-    activations = wide * model.hidden_size * max(1, model.num_layers) * (6 if settings.gradient_checkpointing else 34) * (2 if half else 4)
+    activations = (
+        wide
+        * model.hidden_size
+        * max(1, model.num_layers)
+        * (6 if settings.gradient_checkpointing else 34)
+        * (2 if half else 4)
+    )
     logits = wide * model.vocab_size * 8 if model.kind != "encoder" else 0
     memory = model.num_parameters * (2 if half else 4) + trainable * 16 + activations + logits + 400_000_000
-    return {"memory_bytes": int(memory), "seconds": round(seconds, 1), "seconds_low": round(seconds * 0.5, 1), "seconds_high": round(seconds * 2.5, 1),
-            "num_trainable": int(trainable), "total_steps": steps, "device": facts.machine.device, "device_name": facts.machine.device_name}
+    return {
+        "memory_bytes": int(memory),
+        "seconds": round(seconds, 1),
+        "seconds_low": round(seconds * 0.5, 1),
+        "seconds_high": round(seconds * 2.5, 1),
+        "num_trainable": int(trainable),
+        "total_steps": steps,
+        "device": facts.machine.device,
+        "device_name": facts.machine.device_name,
+    }
 
 
 def _memory_faults(guess: dict[str, Any], facts: Facts) -> list[Fault]:
     need, have = guess["memory_bytes"], facts.machine.memory_bytes
     if need <= have:
         return []
-    return [Fault(where="settings.batch_size", code="out_of_memory",
-                  what=f"This run needs about {need / 1e9:.1f} GB of memory.",
-                  why=f"{facts.machine.device_name} has {have / 1e9:.1f} GB.",
-                  way_out="Choose fewer examples at a time (and add up more batches), a shorter longest text, recomputing activations, "
-                          "a lighter method, or a smaller model.")]
+    return [
+        Fault(
+            where="settings.batch_size",
+            code="out_of_memory",
+            what=f"This run needs about {need / 1e9:.1f} GB of memory.",
+            why=f"{facts.machine.device_name} has {have / 1e9:.1f} GB.",
+            way_out="Choose fewer examples at a time (and add up more batches), a shorter longest text, recomputing activations, "
+            "a lighter method, or a smaller model.",
+        )
+    ]
 
 
 def _at(where: str, error: EngineError) -> list[Fault]:
     faults = error.faults if isinstance(error, RecipeError) else (error.fault,)
-    return [Fault(**{**fault.to_dict(), "where": where if fault.where in {"", "file"} else fault.where}) for fault in faults]
+    return [
+        Fault(**{**fault.to_dict(), "where": where if fault.where in {"", "file"} else fault.where}) for fault in faults
+    ]

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import traceback
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,31 @@ def _run(folder: Path, log: EventLog, control: Control) -> Ending:
     log.emit("state", {"state": "starting", "message": "Reading the model and the data."})
     checked = require(recipe)
     run, baseline = prepare(checked, folder, log, control)
-    log.emit("child", {"attempt": attempt, "pid": os.getpid(), "device": run.facts.machine.device, "device_name": run.facts.machine.device_name,
-                       "num_threads": torch.get_num_threads(), "num_trainable": run.trainables.num_elements(),
-                       "total_steps": run.clock.total_steps, "torch": torch.__version__})
+    log.emit(
+        "child",
+        {
+            "attempt": attempt,
+            "pid": os.getpid(),
+            "device": run.facts.machine.device,
+            "device_name": run.facts.machine.device_name,
+            "num_threads": torch.get_num_threads(),
+            "num_trainable": run.trainables.num_elements(),
+            "total_steps": run.clock.total_steps,
+            "torch": torch.__version__,
+        },
+    )
     verb = f"Going on from step {run.clock.step:,}" if run.clock.step else "Learning"
-    log.emit("state", {"state": "running", "message": f"{verb} with {run.trainables.num_elements():,} numbers that may change."})
+    log.emit(
+        "state",
+        {"state": "running", "message": f"{verb} with {run.trainables.num_elements():,} numbers that may change."},
+    )
     ending = train(run)
     if ending.exports:
-        log.emit("state", {"state": "exporting", "message": "Writing the result and checking it in a clean process."}, step=run.clock.step)
+        log.emit(
+            "state",
+            {"state": "exporting", "message": "Writing the result and checking it in a clean process."},
+            step=run.clock.step,
+        )
         export(run, ending, baseline)
     return ending
 
@@ -87,8 +104,10 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> 
 
     composition, slots = build_slots(recipe, facts, task)
     order = list(range(min(len(encoded.train), 8 * (settings.batch_size or 1))))
-    few = [task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
-           for indices in task.batches(encoded.train, order, settings.batch_size or 1, recipe)]
+    few = [
+        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        for indices in task.batches(encoded.train, order, settings.batch_size or 1, recipe)
+    ]
     for part in slots.parametrizations:
         part.calibrate(model, few)
     for part in slots.parametrizations:
@@ -99,7 +118,9 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> 
     if snapshot is not None:
         for name, part in slots.names.items():
             if part in slots.parametrizations:
-                part.load_state_dict(checkpoint.join_state(f"part/{name}", snapshot.tensors, snapshot.values["parts"][name]))
+                part.load_state_dict(
+                    checkpoint.join_state(f"part/{name}", snapshot.tensors, snapshot.values["parts"][name])
+                )
     trainables = collect(model, slots.parametrizations, task.fresh(model))
     if settings.precision == "bf16":
         halve_frozen(model)
@@ -109,12 +130,34 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> 
         part.sync(model)
     optimizer = slots.optimizer.build(trainables, settings.learning_rate or 0.0)
     clock = plan(recipe, task, encoded, settings.seed)
-    run = Run(recipe=recipe, facts=facts, composition=composition, task=task, model=model, tokenizer=tokenizer, encoded=encoded, slots=slots,
-              trainables=trainables, optimizer=optimizer, clock=clock, folder=folder, log=log, control=control)
+    run = Run(
+        recipe=recipe,
+        facts=facts,
+        composition=composition,
+        task=task,
+        model=model,
+        tokenizer=tokenizer,
+        encoded=encoded,
+        slots=slots,
+        trainables=trainables,
+        optimizer=optimizer,
+        clock=clock,
+        folder=folder,
+        log=log,
+        control=control,
+    )
     if snapshot is not None:
         if snapshot.values["fingerprint"] != recipe.fingerprint():
-            raise EngineError(Fault(where="recipe", what="This folder holds checkpoints of another recipe.", why="A run cannot go on with other settings.",
-                                    way_out="Start it as a new run.", code="other_recipe"), "bad_input")
+            raise EngineError(
+                Fault(
+                    where="recipe",
+                    what="This folder holds checkpoints of another recipe.",
+                    why="A run cannot go on with other settings.",
+                    way_out="Start it as a new run.",
+                    code="other_recipe",
+                ),
+                "bad_input",
+            )
         run.restore(snapshot)
     return run, baseline
 
@@ -126,7 +169,9 @@ def plan(recipe: Recipe, task: Any, encoded: Any, seed: int) -> Clock:
     batches = task.batches(encoded.train, order, settings.batch_size or 1, recipe)
     per_epoch = max(1, ceil(len(batches) / settings.accumulate))
     total = max(1, ceil((settings.epochs or 1.0) * per_epoch - 1e-9))
-    return Clock(total_steps=min(total, settings.max_steps or total), steps_per_epoch=per_epoch, num_samples=len(encoded.train))
+    return Clock(
+        total_steps=min(total, settings.max_steps or total), steps_per_epoch=per_epoch, num_samples=len(encoded.train)
+    )
 
 
 def _baseline(folder: Path, measure: Any) -> dict[str, Any]:
@@ -169,21 +214,46 @@ def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     elif _is_out_of_memory(error):
         faults, reason = (_memory_fault(folder),), "out_of_memory"
     elif isinstance(error, OSError):
-        faults, reason = (Fault(where="machine", what=f"The machine refused a file operation: {error.strerror or error}.",
-                                why="A full disk or a missing permission is the usual cause.",
-                                way_out="Free space or mend the permission, then resume: the last checkpoint is kept.", code="os_error"),), "environment"
+        faults, reason = (
+            (
+                Fault(
+                    where="machine",
+                    what=f"The machine refused a file operation: {error.strerror or error}.",
+                    why="A full disk or a missing permission is the usual cause.",
+                    way_out="Free space or mend the permission, then resume: the last checkpoint is kept.",
+                    code="os_error",
+                ),
+            ),
+            "environment",
+        )
     else:
-        faults, reason = (Fault(where="engine", what="The run ended through a fault of the studio, not of yours.",
-                                why=f"{type(error).__name__}: {str(error)[:300]}",
-                                way_out="Press 'again'; if it happens twice, report it with the log of this run.", code="bug"),), "bug"
+        faults, reason = (
+            (
+                Fault(
+                    where="engine",
+                    what="The run ended through a fault of the studio, not of yours.",
+                    why=f"{type(error).__name__}: {str(error)[:300]}",
+                    way_out="Press 'again'; if it happens twice, report it with the log of this run.",
+                    code="bug",
+                ),
+            ),
+            "bug",
+        )
     traceback.print_exception(error, file=sys.stderr)
-    return {"outcome": "failed", "reason": reason, "message": str(faults[0]), "faults": [fault.to_dict() for fault in faults]}
+    return {
+        "outcome": "failed",
+        "reason": reason,
+        "message": str(faults[0]),
+        "faults": [fault.to_dict() for fault in faults],
+    }
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text or "not enough memory" in text))
+        isinstance(error, RuntimeError)
+        and ("out of memory" in text or "can't allocate memory" in text or "not enough memory" in text)
+    )
 
 
 def _memory_fault(folder: Path) -> Fault:
@@ -196,5 +266,10 @@ def _memory_fault(folder: Path) -> Fault:
         way_out = f"Choose {batch // 2} examples at a time and add up {accumulate * 2} batches: the same learning in about half the memory."
     else:
         way_out = "Choose a shorter longest text, switch on recomputing activations, or choose a smaller model."
-    return Fault(where="settings.batch_size", what="The machine ran out of memory.", why=f"{batch} examples at a time did not fit.",
-                 way_out=way_out, code="out_of_memory")
+    return Fault(
+        where="settings.batch_size",
+        what="The machine ran out of memory.",
+        why=f"{batch} examples at a time did not fit.",
+        way_out=way_out,
+        code="out_of_memory",
+    )

@@ -64,7 +64,9 @@ class Task:
         """Split off the held-out rows (seeded, stratified where classes exist) and turn rows into examples."""
         raise NotImplementedError
 
-    def batches(self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Recipe) -> list[list[int]]:
+    def batches(
+        self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Recipe
+    ) -> list[list[int]]:
         """Group the ordered indices of an epoch into micro-batches (length buckets, packing); a pure function of its arguments."""
         raise NotImplementedError
 
@@ -76,11 +78,15 @@ class Task:
         """(logits [n, classes or vocab], labels [n]) at the supervised places only."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    def evaluate(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> dict[str, Any]:
         """eval_loss, eval_loss_se, and the task's own metrics (eval_accuracy, eval_macro_f1, eval_perplexity …), in eval mode, no grad."""
         raise NotImplementedError
 
-    def baseline(self, model: nn.Module, encoded: Encoded, tokenizer: Any, facts: Facts, device: torch.device) -> dict[str, Any]:
+    def baseline(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, facts: Facts, device: torch.device
+    ) -> dict[str, Any]:
         """The honest rival: {"name": "the most frequent topic", "sentence": …, metrics…}; e.g. frozen encoder + logistic regression."""
         raise NotImplementedError
 

@@ -38,8 +38,14 @@ def certify(folder: Path) -> dict[str, Any]:
     ok = bool(forms) and not damaged and all(form["ok"] for form in forms)
     sealed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     certificate = {
-        "ok": ok, "sentence": _sentence(ok, damaged, forms), "damaged": damaged, "forms": forms, "tolerance": tolerance, "checked": round(time.time(), 3),
-        "content_id": sealed["id"], "hashes": {name: entry["sha256"] for name, entry in sealed["files"].items()},
+        "ok": ok,
+        "sentence": _sentence(ok, damaged, forms),
+        "damaged": damaged,
+        "forms": forms,
+        "tolerance": tolerance,
+        "checked": round(time.time(), 3),
+        "content_id": sealed["id"],
+        "hashes": {name: entry["sha256"] for name, entry in sealed["files"].items()},
         "num_prompts": sum(tensor.shape[0] for name, tensor in reference.items() if name.endswith("/input_ids")),
         "versions": _versions(),
     }
@@ -61,15 +67,29 @@ def _check_form(
             same += int((logits.argmax(-1) == expected.argmax(-1)).sum())
             total += expected.shape[0]
     except Exception as problem:  # whatever a loader raises is the finding
-        return {"form": form, "loader": name, "ok": False, "sentence": f"Loading or running it failed: {type(problem).__name__}: {problem}"[:500]}
+        return {
+            "form": form,
+            "loader": name,
+            "ok": False,
+            "sentence": f"Loading or running it failed: {type(problem).__name__}: {problem}"[:500],
+        }
     agreement = same / max(1, total)
     ok = error <= tolerance * max(1.0, scale) and agreement >= (1.0 if tolerance < 1e-3 else 0.97)
-    return {"form": form, "loader": name, "max_error": error, "scale": scale, "top1_agreement": agreement, "ok": ok,
-            "sentence": f"{name} gives the same best answer at {agreement:.1%} of {total} places; the largest difference is {error:.2g}."}
+    return {
+        "form": form,
+        "loader": name,
+        "max_error": error,
+        "scale": scale,
+        "top1_agreement": agreement,
+        "ok": ok,
+        "sentence": f"{name} gives the same best answer at {agreement:.1%} of {total} places; the largest difference is {error:.2g}.",
+    }
 
 
 def _load_merged(folder: Path, form: str, description: dict[str, Any]) -> nn.Module:
-    return _auto(description).from_pretrained(folder / form, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    return _auto(description).from_pretrained(
+        folder / form, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
 
 
 def _load_peft(folder: Path, form: str, description: dict[str, Any]) -> nn.Module:
@@ -77,7 +97,9 @@ def _load_peft(folder: Path, form: str, description: dict[str, Any]) -> nn.Modul
 
     facts = model_facts(description["base"]["source"], task=description["task"])
     labels = {"num_labels": len(description["data"]["labels"])} if description["task"] == "classify" else {}
-    base = _auto(description).from_pretrained(facts.path, dtype=torch.float32, local_files_only=True, use_safetensors=True, **labels)
+    base = _auto(description).from_pretrained(
+        facts.path, dtype=torch.float32, local_files_only=True, use_safetensors=True, **labels
+    )
     model: nn.Module = PeftModel.from_pretrained(base, folder / form)
     return model
 
@@ -97,7 +119,11 @@ _LOADERS: dict[str, tuple[_Loader, str]] = {
 def _auto(description: dict[str, Any]) -> Any:
     import transformers
 
-    return transformers.AutoModelForSequenceClassification if description["task"] == "classify" else transformers.AutoModelForCausalLM
+    return (
+        transformers.AutoModelForSequenceClassification
+        if description["task"] == "classify"
+        else transformers.AutoModelForCausalLM
+    )
 
 
 def _batches(reference: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -109,7 +135,9 @@ def _batches(reference: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], 
 @torch.no_grad()
 def _official_logits(model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
     """The plain forward pass of the loaded model, read at the places that the trained model was read at."""
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if key in batch}
+    inputs = {
+        key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids", "position_ids") if key in batch
+    }
     logits: Tensor = model(**inputs).logits.float()
     labels = batch["labels"]
     if labels.dim() == 1:  # one label a text
@@ -122,7 +150,11 @@ def _sentence(ok: bool, damaged: list[str], forms: list[dict[str, Any]]) -> str:
         return f"{len(damaged)} file(s) differ from what was exported, first {damaged[0]}: do not use this copy, download it again or train again."
     if not ok:
         bad = next((form for form in forms if not form["ok"]), None)
-        return f"The form '{bad['form']}' does not answer like the trained model. {bad['sentence']}" if bad else "Nothing could be checked."
+        return (
+            f"The form '{bad['form']}' does not answer like the trained model. {bad['sentence']}"
+            if bad
+            else "Nothing could be checked."
+        )
     return f"A clean process loaded all {len(forms)} form(s) and got the answers of the trained model."
 
 

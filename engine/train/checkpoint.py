@@ -1,11 +1,11 @@
 """Checkpoints: safetensors, JSON and raw generator bytes, written beside and renamed, verified tensor by tensor when read.
 
-    checkpoints/step-00000040/
-        trainables.safetensors   what learns (fp32)
-        optimizer.safetensors    optimizer state, "<trainable>/<key>"
-        state.safetensors        tensors of parts, generator states (uint8), running statistics, the order of the epoch
-        state.json               clock, JSON state of parts and optimizer, best evaluation, event number
-        manifest.json            hash of every tensor and of state.json, and of itself
+checkpoints/step-00000040/
+    trainables.safetensors   what learns (fp32)
+    optimizer.safetensors    optimizer state, "<trainable>/<key>"
+    state.safetensors        tensors of parts, generator states (uint8), running statistics, the order of the epoch
+    state.json               clock, JSON state of parts and optimizer, best evaluation, event number
+    manifest.json            hash of every tensor and of state.json, and of itself
 """
 
 from __future__ import annotations
@@ -75,10 +75,17 @@ def load(path: Path, *, trainables_only: bool = False) -> Snapshot:
         raise DamagedFile(f"The checkpoint {path.name} is incomplete.") from error
     if claimed != _digest(canonical(manifest)) or manifest["state.json"] != _digest(text):
         raise DamagedFile(f"The checkpoint {path.name} was changed after it was written.")
-    read = {name: load_tensors(path / f"{name}.safetensors", manifest["tensors"][name])
-            for name in (_FILES[:1] if trainables_only else _FILES)}
-    return Snapshot(step=manifest["step"], trainables=read["trainables"], optimizer=read.get("optimizer", {}),
-                    tensors=read.get("state", {}), values=json.loads(text))
+    read = {
+        name: load_tensors(path / f"{name}.safetensors", manifest["tensors"][name])
+        for name in (_FILES[:1] if trainables_only else _FILES)
+    }
+    return Snapshot(
+        step=manifest["step"],
+        trainables=read["trainables"],
+        optimizer=read.get("optimizer", {}),
+        tensors=read.get("state", {}),
+        values=json.loads(text),
+    )
 
 
 def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
@@ -116,10 +123,15 @@ def generator_states(own: dict[str, torch.Generator], device: torch.device) -> t
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     tensors["rng/numpy"] = torch.from_numpy(np.asarray(keys).view(np.uint8).copy())
     version, internal, gauss = random.getstate()
-    return tensors, {"numpy": [str(kind), int(position), int(has_gauss), float(cached)], "python": [version, list(internal), gauss]}
+    return tensors, {
+        "numpy": [str(kind), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss],
+    }
 
 
-def restore_generators(tensors: dict[str, Tensor], values: dict[str, Any], own: dict[str, torch.Generator], device: torch.device) -> None:
+def restore_generators(
+    tensors: dict[str, Tensor], values: dict[str, Any], own: dict[str, torch.Generator], device: torch.device
+) -> None:
     """The inverse of `generator_states`."""
     torch.set_rng_state(tensors["rng/torch"])
     for name, generator in own.items():

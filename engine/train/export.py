@@ -52,7 +52,8 @@ def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
             forms.update(_write_payload(payload, beside / f"adapter{suffix}", run, f"adapter{suffix}"))
             for name, form in payload.forms.items():
                 forms.update(_write_payload(form, beside / f"{name}{suffix}", run, f"{name}{suffix}"))
-    merged = all([part.merge(run.model) for part in run.slots.parametrizations])
+    folded = [part.merge(run.model) for part in run.slots.parametrizations]  # each one, even after a refusal
+    merged = all(folded)
     if merged:
         run.task.export_model(run.model.float(), run.tokenizer, run.facts.data, beside / "merged")
         forms["merged"] = "transformers"
@@ -65,28 +66,64 @@ def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
     _remove(folder)
     beside.rename(folder)
     certificate = certify_in_clean_process(folder)
-    run.log.emit("artifact", {"path": ARTIFACT, "forms": sorted(forms), "certificate": "pass" if certificate.get("ok") else "fail"},
-                 step=run.clock.step)
+    run.log.emit(
+        "artifact",
+        {"path": ARTIFACT, "forms": sorted(forms), "certificate": "pass" if certificate.get("ok") else "fail"},
+        step=run.clock.step,
+    )
     return folder
 
 
 def describe(
-    run: Run, ending: Ending, final: dict[str, Any], baseline: dict[str, Any], samples: list[dict[str, str]], forms: dict[str, str], used_best: bool
+    run: Run,
+    ending: Ending,
+    final: dict[str, Any],
+    baseline: dict[str, Any],
+    samples: list[dict[str, str]],
+    forms: dict[str, str],
+    used_best: bool,
 ) -> dict[str, Any]:
     """The content of artifact.json."""
     facts = run.facts
     return {
-        "kind": "model" if "merged" in forms else "adapter", "engine": __version__, "name": run.recipe.name, "task": run.recipe.task,
-        "methods": [{"slug": c.slug, "title": c.method.card.title, "version": c.method.version, "params": c.params.model_dump(mode="json"),
-                     "default": c.index is None} for c in run.composition.chosen],
-        "fingerprint": run.recipe.fingerprint(), "parents": [facts.model.source],
-        "base": {"source": facts.model.source, "family": facts.model.family, "architecture": facts.model.architecture,
-                 "num_parameters": facts.model.num_parameters},
+        "kind": "model" if "merged" in forms else "adapter",
+        "engine": __version__,
+        "name": run.recipe.name,
+        "task": run.recipe.task,
+        "methods": [
+            {
+                "slug": c.slug,
+                "title": c.method.card.title,
+                "version": c.method.version,
+                "params": c.params.model_dump(mode="json"),
+                "default": c.index is None,
+            }
+            for c in run.composition.chosen
+        ],
+        "fingerprint": run.recipe.fingerprint(),
+        "parents": [facts.model.source],
+        "base": {
+            "source": facts.model.source,
+            "family": facts.model.family,
+            "architecture": facts.model.architecture,
+            "num_parameters": facts.model.num_parameters,
+        },
         "data": {**asdict(facts.data), "num_train": len(run.encoded.train), "num_holdout": len(run.encoded.holdout)},
-        "ending": asdict(ending), "best_step": run.best.get("step"), "used_best": used_best,
-        "metrics": final, "before": run.first_scores, "baseline": baseline, "samples": samples, "forms": forms, "notes": run.encoded.notes,
-        "num_trainable": run.trainables.num_elements(), "steps": run.clock.step, "seconds": round(run.clock.seconds, 2),
-        "tokens": run.clock.tokens, "precision": run.settings.precision, "seed": run.settings.seed,
+        "ending": asdict(ending),
+        "best_step": run.best.get("step"),
+        "used_best": used_best,
+        "metrics": final,
+        "before": run.first_scores,
+        "baseline": baseline,
+        "samples": samples,
+        "forms": forms,
+        "notes": run.encoded.notes,
+        "num_trainable": run.trainables.num_elements(),
+        "steps": run.clock.step,
+        "seconds": round(run.clock.seconds, 2),
+        "tokens": run.clock.tokens,
+        "precision": run.settings.precision,
+        "seed": run.settings.seed,
     }
 
 
@@ -94,17 +131,45 @@ def model_card(description: dict[str, Any]) -> str:
     """README.md with the YAML head that model hubs read."""
     base, metrics, baseline = description["base"], description["metrics"], description["baseline"]
     methods = ", ".join(m["title"] for m in description["methods"] if not m["default"])
-    numbers = "\n".join(f"| {key.removeprefix('eval_').replace('_', ' ')} | {value:.4f} | {_number(baseline.get(key))} |"
-                        for key, value in metrics.items() if isinstance(value, float) and key.startswith("eval_"))
-    head = ["---", "library_name: transformers", f"base_model: {json.dumps(base['source'])}", f"pipeline_tag: "
-            f"{'text-classification' if description['task'] == 'classify' else 'text-generation'}", "tags: [bonsai-studio]", "---"]
-    forms = "\n".join(f"- `{form}/`: {_FORM_HELP.get(layout, layout)}" for form, layout in sorted(description["forms"].items()))
-    return "\n".join([
-        *head, "", f"# {description['name'] or 'A model trained with Bonsai Studio'}", "",
-        f"Trained from `{base['source']}` ({base['num_parameters']:,} parameters) with {methods}. {description['ending']['message']}", "",
-        f"Learned from {description['data']['num_train']:,} examples; measured on {description['data']['num_holdout']:,} that were kept back. "
-        f"{baseline.get('sentence', '')}", "", "| measure | this model | baseline |", "|---|---|---|", numbers, "", "## Files", "", forms,
-        "- `recipe.yaml`: everything needed to train it again", "- `certificate.json`: what a clean process found when it loaded these files", ""])
+    numbers = "\n".join(
+        f"| {key.removeprefix('eval_').replace('_', ' ')} | {value:.4f} | {_number(baseline.get(key))} |"
+        for key, value in metrics.items()
+        if isinstance(value, float) and key.startswith("eval_")
+    )
+    head = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(base['source'])}",
+        f"pipeline_tag: {'text-classification' if description['task'] == 'classify' else 'text-generation'}",
+        "tags: [bonsai-studio]",
+        "---",
+    ]
+    forms = "\n".join(
+        f"- `{form}/`: {_FORM_HELP.get(layout, layout)}" for form, layout in sorted(description["forms"].items())
+    )
+    return "\n".join(
+        [
+            *head,
+            "",
+            f"# {description['name'] or 'A model trained with Bonsai Studio'}",
+            "",
+            f"Trained from `{base['source']}` ({base['num_parameters']:,} parameters) with {methods}. {description['ending']['message']}",
+            "",
+            f"Learned from {description['data']['num_train']:,} examples; measured on {description['data']['num_holdout']:,} that were kept back. "
+            f"{baseline.get('sentence', '')}",
+            "",
+            "| measure | this model | baseline |",
+            "|---|---|---|",
+            numbers,
+            "",
+            "## Files",
+            "",
+            forms,
+            "- `recipe.yaml`: everything needed to train it again",
+            "- `certificate.json`: what a clean process found when it loaded these files",
+            "",
+        ]
+    )
 
 
 _FORM_HELP = {
@@ -116,11 +181,24 @@ _FORM_HELP = {
 
 def certify_in_clean_process(folder: Path) -> dict[str, Any]:
     """Run `python -m engine certify` on the folder in a fresh interpreter and read the certificate it leaves."""
-    done = subprocess.run([sys.executable, "-m", "engine", "certify", str(folder)], capture_output=True, text=True, timeout=1800, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "engine", "certify", str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
     path = folder / "certificate.json"
     if not path.exists():
-        write_json(path, {"ok": False, "forms": [], "sentence": "The export could not be loaded in a clean process.",
-                          "detail": done.stderr.strip().splitlines()[-1:]})
+        write_json(
+            path,
+            {
+                "ok": False,
+                "forms": [],
+                "sentence": "The export could not be loaded in a clean process.",
+                "detail": done.stderr.strip().splitlines()[-1:],
+            },
+        )
     certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return certificate
 
@@ -130,7 +208,11 @@ def load_predictor(folder: Path) -> Predictor:
     description = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
     task: Task = task_named(description["task"])
     facts = data_facts_of(description)
-    source = model_facts(f"folder:{folder / 'merged'}", task=description["task"]) if "merged" in description["forms"] else None
+    source = (
+        model_facts(f"folder:{folder / 'merged'}", task=description["task"])
+        if "merged" in description["forms"]
+        else None
+    )
     if source is not None:
         model = task.load_model(source, facts, dtype=torch.float32, seed=description["seed"])
         tokenizer = task.load_tokenizer(source)
@@ -141,8 +223,11 @@ def load_predictor(folder: Path) -> Predictor:
 
 def data_facts_of(description: dict[str, Any]) -> DataFacts:
     """The data facts that an artifact remembers."""
-    data = {key: tuple(value) if isinstance(value, list) else value for key, value in description["data"].items()
-            if key in DataFacts.__dataclass_fields__}
+    data = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in description["data"].items()
+        if key in DataFacts.__dataclass_fields__
+    }
     return DataFacts(**data)
 
 
@@ -154,7 +239,9 @@ def load_adapted(folder: Path, description: dict[str, Any]) -> tuple[torch.nn.Mo
     recipe = parse_recipe_text((folder / "recipe.yaml").read_text(encoding="utf-8"))
     task = task_named(recipe.task)
     base, data = model_facts(recipe.model.source, task=recipe.task), data_facts_of(description)
-    composition, slots = build_slots(recipe, Facts(task=recipe.task, model=base, data=data, machine=machine_facts()), task)
+    composition, slots = build_slots(
+        recipe, Facts(task=recipe.task, model=base, data=data, machine=machine_facts()), task
+    )
     model = task.load_model(base, data, dtype=torch.float32, seed=recipe.settings.seed)
     for part in slots.parametrizations:
         part.attach(model)
@@ -175,7 +262,9 @@ def build_slots(recipe: Recipe, facts: Any, task: Task) -> tuple[Composition, An
     refuse(faults)
     built = {}
     for place, chosen in enumerate(composition.chosen):
-        ctx = PartContext(recipe=recipe, facts=facts, task=task, slug=chosen.slug, index=-1 if chosen.index is None else chosen.index)
+        ctx = PartContext(
+            recipe=recipe, facts=facts, task=task, slug=chosen.slug, index=-1 if chosen.index is None else chosen.index
+        )
         built[place] = list(chosen.method(chosen.params).parts(ctx))
     return composition, parts_by_slot(composition, built)
 
@@ -191,8 +280,11 @@ def read_payload(folder: Path) -> Payload:
 def _write_payload(payload: Payload, folder: Path, run: Run, name: str) -> dict[str, str]:
     folder.mkdir()
     peft = payload.layout == "peft"
-    save_tensors(folder / ("adapter_model.safetensors" if peft else "adapter.safetensors"),
-                 {key: value.detach().cpu().contiguous() for key, value in payload.tensors.items()}, metadata={"format": "pt"})
+    save_tensors(
+        folder / ("adapter_model.safetensors" if peft else "adapter.safetensors"),
+        {key: value.detach().cpu().contiguous() for key, value in payload.tensors.items()},
+        metadata={"format": "pt"},
+    )
     write_json(folder / ("adapter_config.json" if peft else "adapter.json"), payload.config)
     run.tokenizer.save_pretrained(folder)
     return {name: payload.layout}

@@ -16,13 +16,17 @@ def train(run: Run) -> Ending:
     """Train until the plan, a signal, a budget or a person says it is enough. Starts or resumes wherever `run.clock` stands."""
     clock, settings = run.clock, run.settings
     save_every = settings.checkpoint_every or max(1, clock.total_steps // 10)
-    measure_at = {round(clock.total_steps * k / settings.evaluations) for k in range(1, settings.evaluations + 1)} | {clock.total_steps}
+    measure_at = {round(clock.total_steps * k / settings.evaluations) for k in range(1, settings.evaluations + 1)} | {
+        clock.total_steps
+    }
     run.model.train()
     if clock.step == 0:
         run.evaluate()
         run.save()
 
-    ending = run.ending if run.ending is not None and run.ending.exports else None  # a crash after the end only repeats the export
+    ending = (
+        run.ending if run.ending is not None and run.ending.exports else None
+    )  # a crash after the end only repeats the export
     while ending is None and clock.step < clock.total_steps:
         micro = run.next_batches()
         report = run.update_rule.update(run, micro)  # loss + terms → backward → rules → schedule → optimizer
@@ -38,8 +42,12 @@ def train(run: Run) -> Ending:
         request = run.control.poll()
         run.ending = ending = _ending(run, signals, request)
         if (
-            clock.step % save_every == 0 or run.best.get("step") != best_step or request is not None or ending is not None
-            or any(signal.action == "save" for signal in signals) or clock.step == clock.total_steps
+            clock.step % save_every == 0
+            or run.best.get("step") != best_step
+            or request is not None
+            or ending is not None
+            or any(signal.action == "save" for signal in signals)
+            or clock.step == clock.total_steps
         ):
             run.save()
     run.progress(force=True)
@@ -66,7 +74,10 @@ def _ending(run: Run, signals: list[Signal], request: str | None) -> Ending | No
             return Ending(reason="early_stopped", message=f"Stopped {where}: {signal.message}")
     limit = run.settings.max_minutes
     if limit is not None and clock.seconds >= limit * 60:
-        return Ending(reason="budget", message=f"The time limit of {limit:g} minutes was reached {where}; what was learned is kept.")
+        return Ending(
+            reason="budget",
+            message=f"The time limit of {limit:g} minutes was reached {where}; what was learned is kept.",
+        )
     return None
 
 
@@ -76,8 +87,13 @@ def _refuse_nonfinite(run: Run, row: dict[str, float]) -> None:
     if bad:
         run.log.flush()
         rate = run.settings.learning_rate or 0.0
-        raise EngineError(Fault(
-            where="settings.learning_rate", code="not_finite",
-            what=f"The {' and the '.join(bad).replace('_', ' ')} became infinite or not a number at step {run.clock.step:,}.",
-            why="Usually the learning rate is too high, or the data holds an extreme value; the weights after this step are worthless.",
-            way_out=f"Start again with a learning rate of {rate / 10:g}; the last good checkpoint is kept."), "diverged")
+        raise EngineError(
+            Fault(
+                where="settings.learning_rate",
+                code="not_finite",
+                what=f"The {' and the '.join(bad).replace('_', ' ')} became infinite or not a number at step {run.clock.step:,}.",
+                why="Usually the learning rate is too high, or the data holds an extreme value; the weights after this step are worthless.",
+                way_out=f"Start again with a learning rate of {rate / 10:g}; the last good checkpoint is kept.",
+            ),
+            "diverged",
+        )

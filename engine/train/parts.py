@@ -34,20 +34,40 @@ class Moment:
 
 
 MOMENTS: tuple[Moment, ...] = (
-    Moment(slot=Slot.PARAMETRIZATION, hook="calibrate", when="once, before attach: sees the untouched model and a few batches; changes nothing"),
-    Moment(slot=Slot.PARAMETRIZATION, hook="attach", when="once: may replace modules and freeze weights; step-0 outputs stay equal to the base"),
+    Moment(
+        slot=Slot.PARAMETRIZATION,
+        hook="calibrate",
+        when="once, before attach: sees the untouched model and a few batches; changes nothing",
+    ),
+    Moment(
+        slot=Slot.PARAMETRIZATION,
+        hook="attach",
+        when="once: may replace modules and freeze weights; step-0 outputs stay equal to the base",
+    ),
     Moment(slot=Slot.PARAMETRIZATION, hook="trainables", when="once after every attach: names what learns"),
     Moment(slot=Slot.OPTIMIZER, hook="build", when="once, after all trainables are known"),
-    Moment(slot=Slot.PARAMETRIZATION, hook="sync", when="after attach, after a restore, and after every optimizer step: derived weights follow what was learned"),
+    Moment(
+        slot=Slot.PARAMETRIZATION,
+        hook="sync",
+        when="after attach, after a restore, and after every optimizer step: derived weights follow what was learned",
+    ),
     Moment(slot=Slot.DATA_POLICY, hook="rows", when="at the start of every epoch: chooses and orders example indices"),
     Moment(slot=Slot.DATA_POLICY, hook="batch", when="for every micro-batch, before it moves to the device"),
-    Moment(slot=Slot.UPDATE_RULE, hook="update", when="once a step: owns everything from the loss to the optimizer step"),
+    Moment(
+        slot=Slot.UPDATE_RULE, hook="update", when="once a step: owns everything from the loss to the optimizer step"
+    ),
     Moment(slot=Slot.OBJECTIVE, hook="loss", when="for every micro-batch"),
     Moment(slot=Slot.LOSS_TERM, hook="term", when="for every micro-batch, after the objective"),
-    Moment(slot=Slot.GRADIENT_RULE, hook="apply", when="once a step, after accumulation; the logged norm was taken before"),
+    Moment(
+        slot=Slot.GRADIENT_RULE, hook="apply", when="once a step, after accumulation; the logged norm was taken before"
+    ),
     Moment(slot=Slot.SCHEDULE, hook="factor", when="once a step, before the optimizer moves"),
     Moment(slot=Slot.OPTIMIZER, hook="step", when="once a step"),
-    Moment(slot=Slot.PARAMETRIZATION, hook="adapt", when="after every optimizer step: may grow, prune or re-draw trainables, answered with a Remap"),
+    Moment(
+        slot=Slot.PARAMETRIZATION,
+        hook="adapt",
+        when="after every optimizer step: may grow, prune or re-draw trainables, answered with a Remap",
+    ),
     Moment(slot=Slot.OPTIMIZER, hook="remap", when="whenever adapt returned a Remap"),
     Moment(slot=Slot.WATCHER, hook="see", when="after every step and after every evaluation; read-only"),
     Moment(slot=Slot.PARAMETRIZATION, hook="merge", when="once at the end, on the exported copy"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -75,13 +76,32 @@ class Run:
     """Everything one training run holds. Parts receive it only where their hook says so (the update rule)."""
 
     def __init__(
-        self, *, recipe: Recipe, facts: Facts, composition: Composition, task: Task, model: nn.Module, tokenizer: Any, encoded: Encoded,
-        slots: Slots, trainables: Trainables, optimizer: torch.optim.Optimizer, clock: Clock, folder: Path, log: EventLog, control: Control,
+        self,
+        *,
+        recipe: Recipe,
+        facts: Facts,
+        composition: Composition,
+        task: Task,
+        model: nn.Module,
+        tokenizer: Any,
+        encoded: Encoded,
+        slots: Slots,
+        trainables: Trainables,
+        optimizer: torch.optim.Optimizer,
+        clock: Clock,
+        folder: Path,
+        log: EventLog,
+        control: Control,
     ) -> None:
         self.recipe, self.facts, self.composition, self.task = recipe, facts, composition, task
         self.model, self.tokenizer, self.encoded = model, tokenizer, encoded
         self.slots, self.trainables, self.optimizer, self.clock = slots, trainables, optimizer, clock
-        self.objective, self.terms, self.rules, self.schedule = slots.objective, slots.terms, slots.rules, slots.schedule
+        self.objective, self.terms, self.rules, self.schedule = (
+            slots.objective,
+            slots.terms,
+            slots.rules,
+            slots.schedule,
+        )
         self.update_rule = slots.update_rule
         self.folder, self.log, self.control = folder, log, control
         self.settings = recipe.settings
@@ -155,10 +175,17 @@ class Run:
         self._tick = now
         tokens, seconds = report.tokens - self._window[1], self.clock.seconds - self._window[0]
         row: dict[str, Any] = {
-            "step": report.step, "samples": report.samples, "tokens": report.tokens, "epoch": round(report.epoch, 6),
-            "loss": float(report.loss), "grad_norm": float(report.grad_norm), "learning_rate": report.learning_rate,
+            "step": report.step,
+            "samples": report.samples,
+            "tokens": report.tokens,
+            "epoch": round(report.epoch, 6),
+            "loss": float(report.loss),
+            "grad_norm": float(report.grad_norm),
+            "learning_rate": report.learning_rate,
             **{key: float(value) if isinstance(value, Tensor) else value for key, value in report.extra.items()},
-            "seconds": round(self.clock.seconds, 4), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1), "memory": self.memory(),
+            "seconds": round(self.clock.seconds, 4),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "memory": self.memory(),
         }
         if seconds >= 1.0:
             self._window = (self.clock.seconds, report.tokens)
@@ -172,18 +199,36 @@ class Run:
         if force or now - self._last_progress >= 0.5:
             self._last_progress = now
             eta = self.clock.eta_seconds()
-            self.log.emit("progress", {"done_steps": self.clock.step, "total_steps": self.clock.total_steps,
-                                       "fraction": round(self.clock.progress, 4), "eta_seconds": None if eta is None else round(eta, 1)},
-                          step=self.clock.step)
+            self.log.emit(
+                "progress",
+                {
+                    "done_steps": self.clock.step,
+                    "total_steps": self.clock.total_steps,
+                    "fraction": round(self.clock.progress, 4),
+                    "eta_seconds": None if eta is None else round(eta, 1),
+                },
+                step=self.clock.step,
+            )
 
     def look(self, row: dict[str, Any], evaluation: dict[str, Any] | None = None) -> list[Signal]:
         """Show the watchers a step (and its evaluation) and log what they say."""
-        look = Look(step=self.clock.step, samples=self.clock.samples, planned_samples=self.clock.planned_samples,
-                    planned_steps=self.clock.total_steps, row=row, evaluation=evaluation, warmup_steps=self.warmup_steps)
+        look = Look(
+            step=self.clock.step,
+            samples=self.clock.samples,
+            planned_samples=self.clock.planned_samples,
+            planned_steps=self.clock.total_steps,
+            row=row,
+            evaluation=evaluation,
+            warmup_steps=self.warmup_steps,
+        )
         signals = [signal for watcher in self.slots.watchers for signal in watcher.see(look)]
         for signal in signals:
-            self.log.emit("signal", {"action": signal.action, "rule": signal.rule, "message": signal.message, "numbers": signal.numbers},
-                          step=self.clock.step, key=signal.rule)
+            self.log.emit(
+                "signal",
+                {"action": signal.action, "rule": signal.rule, "message": signal.message, "numbers": signal.numbers},
+                step=self.clock.step,
+                key=signal.rule,
+            )
         return signals
 
     def evaluate(self) -> dict[str, Any]:
@@ -191,13 +236,18 @@ class Run:
         with self.autocast():
             scores = self.task.evaluate(self.model, self.encoded, self.tokenizer, self.recipe, self.device)
         self.scores = scores
-        better = bool(np.isfinite(scores["eval_loss"])) and scores["eval_loss"] < self.best.get("eval_loss", float("inf"))
+        better = bool(np.isfinite(scores["eval_loss"])) and scores["eval_loss"] < self.best.get(
+            "eval_loss", float("inf")
+        )
         if better:
             self.best = {"step": self.clock.step, **scores}
         if self.clock.step == 0:
             self.first_scores = scores
-        self.log.emit("evaluation", {**scores, "samples": self.clock.samples, "epoch": round(self.clock.epochs_done, 6), "best": better},
-                      step=self.clock.step)
+        self.log.emit(
+            "evaluation",
+            {**scores, "samples": self.clock.samples, "epoch": round(self.clock.epochs_done, 6), "best": better},
+            step=self.clock.step,
+        )
         self._tick = time.perf_counter()  # measuring is not training time
         return scores
 
@@ -220,10 +270,23 @@ class Run:
             tensors.update(own)
         moments, numbers = optimizer_state(self.optimizer, self.trainables)
         return Snapshot(
-            step=self.clock.step, trainables=self.trainables.tensors(), optimizer=moments, tensors=tensors,
-            values={"clock": self.clock.state_dict(), "parts": state, "optimizer": numbers, "rng": values, "best": self.best,
-                    "first_scores": self.first_scores, "scores": self.scores,
-                    "ending": asdict(self.ending) if self.ending else None, "event": self.log.seq, "fingerprint": self.recipe.fingerprint()})
+            step=self.clock.step,
+            trainables=self.trainables.tensors(),
+            optimizer=moments,
+            tensors=tensors,
+            values={
+                "clock": self.clock.state_dict(),
+                "parts": state,
+                "optimizer": numbers,
+                "rng": values,
+                "best": self.best,
+                "first_scores": self.first_scores,
+                "scores": self.scores,
+                "ending": asdict(self.ending) if self.ending else None,
+                "event": self.log.seq,
+                "fingerprint": self.recipe.fingerprint(),
+            },
+        )
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue exactly where a snapshot was taken."""
@@ -249,8 +312,11 @@ class Run:
         self.log.sync()
         path = checkpoint.save(self.folder, self.snapshot())
         checkpoint.prune(self.folder, self.best.get("step"))
-        self.log.emit("checkpoint", {"path": f"{checkpoint.FOLDER}/{path.name}", "best": self.best.get("step") == self.clock.step},
-                      step=self.clock.step)
+        self.log.emit(
+            "checkpoint",
+            {"path": f"{checkpoint.FOLDER}/{path.name}", "best": self.best.get("step") == self.clock.step},
+            step=self.clock.step,
+        )
         self._tick = time.perf_counter()
         return path
 
@@ -272,6 +338,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def set_threads() -> None:
+    """The stated thread count of a child: BONSAI_THREADS, or every core."""
+    torch.set_num_threads(int(os.environ.get("BONSAI_THREADS", "0")) or os.cpu_count() or 1)
+
+
 def parts_by_slot(composition: Composition, built: dict[int, Sequence[Any]]) -> Slots:
     """Sort built parts into their slots. `built` maps the place in `composition.chosen` to the parts of that method."""
     where: dict[Slot, list[Any]] = {slot: [] for slot in Slot}
@@ -284,6 +355,14 @@ def parts_by_slot(composition: Composition, built: dict[int, Sequence[Any]]) -> 
             where[slot].append(part)
             names[f"{item.slug}.{item.index}/{slot.value}"] = part
     return Slots(
-        parametrizations=where[Slot.PARAMETRIZATION], objective=where[Slot.OBJECTIVE][0], terms=where[Slot.LOSS_TERM],
-        rules=where[Slot.GRADIENT_RULE], policies=where[Slot.DATA_POLICY], optimizer=where[Slot.OPTIMIZER][0],
-        schedule=where[Slot.SCHEDULE][0], update_rule=where[Slot.UPDATE_RULE][0], watchers=where[Slot.WATCHER], names=names)
+        parametrizations=where[Slot.PARAMETRIZATION],
+        objective=where[Slot.OBJECTIVE][0],
+        terms=where[Slot.LOSS_TERM],
+        rules=where[Slot.GRADIENT_RULE],
+        policies=where[Slot.DATA_POLICY],
+        optimizer=where[Slot.OPTIMIZER][0],
+        schedule=where[Slot.SCHEDULE][0],
+        update_rule=where[Slot.UPDATE_RULE][0],
+        watchers=where[Slot.WATCHER],
+        names=names,
+    )

@@ -43,11 +43,15 @@ class Trainables:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Copy values in place; names and shapes must agree exactly."""
         if tensors.keys() != self._parameters.keys():
-            raise ValueError(f"The saved parameters differ from these: {sorted(tensors.keys() ^ self._parameters.keys())[:4]}")
+            raise ValueError(
+                f"The saved parameters differ from these: {sorted(tensors.keys() ^ self._parameters.keys())[:4]}"
+            )
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 if parameter.shape != tensors[name].shape:
-                    raise ValueError(f"'{name}' was saved with shape {tuple(tensors[name].shape)} and is {tuple(parameter.shape)} now.")
+                    raise ValueError(
+                        f"'{name}' was saved with shape {tuple(tensors[name].shape)} and is {tuple(parameter.shape)} now."
+                    )
                 parameter.copy_(tensors[name])
 
     def apply(self, remap: Remap) -> None:
@@ -87,7 +91,9 @@ def halve_frozen(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, trainables: Trainables) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, trainables: Trainables
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimizer's state by trainable names: (tensors "name/key", JSON values {name: {key: value}})."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -101,7 +107,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, trainables: Trainables) ->
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, trainables: Trainables, tensors: dict[str, Tensor], values: dict[str, dict[str, Any]]
+    optimizer: torch.optim.Optimizer,
+    trainables: Trainables,
+    tensors: dict[str, Tensor],
+    values: dict[str, dict[str, Any]],
 ) -> None:
     """Put saved state back, each tensor on the device where the optimizer keeps it (step counters stay where torch wants them)."""
     by_name: dict[str, dict[str, Any]] = {name: dict(items) for name, items in values.items()}
@@ -110,7 +119,9 @@ def load_optimizer_state(
         by_name.setdefault(name, {})[key] = tensor
     for name, parameter in trainables.items():
         if name in by_name:
-            fused = any(parameter is p and group.get("fused") for group in optimizer.param_groups for p in group["params"])
+            fused = any(
+                parameter is p and group.get("fused") for group in optimizer.param_groups for p in group["params"]
+            )
             optimizer.state[parameter] = {
                 key: value.to(parameter.device) if isinstance(value, Tensor) and (value.dim() > 0 or fused) else value
                 for key, value in by_name[name].items()
@@ -149,4 +160,9 @@ def _gather(value: Any, index: Tensor, fresh: nn.Parameter, ancestor: nn.Paramet
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all state tensors."""
-    return sum(v.numel() * v.element_size() for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return sum(
+        v.numel() * v.element_size()
+        for state in optimizer.state.values()
+        for v in state.values()
+        if isinstance(v, Tensor)
+    )
