@@ -18,9 +18,22 @@ from engine.core.errors import EngineError, Fault
 from engine.io.headers import ITEM_BYTES, TensorInfo, UnreadableHeader, read_header
 
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -42,7 +55,9 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> dict[str, str]:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Write a safetensors file beside `path`, sync it and rename it into place; returns the hash of every tensor."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with TensorWriter(path, layout, metadata) as out:
@@ -56,10 +71,14 @@ def load_tensors(path: Path, hashes: Mapping[str, str] | None = None) -> dict[st
     with TensorReader(path) as reader:
         found = dict(reader.items())
     if hashes is not None:
-        wrong = sorted(set(hashes) ^ set(found)) or sorted(name for name, tensor in found.items() if tensor_hash(tensor) != hashes[name])
+        wrong = sorted(set(hashes) ^ set(found)) or sorted(
+            name for name, tensor in found.items() if tensor_hash(tensor) != hashes[name]
+        )
         if wrong:
-            raise DamagedFile(f"{path.name} was changed after it was written: the tensor {wrong[0]} is not what it was"
-                              + (f", nor are {len(wrong) - 1} more." if len(wrong) > 1 else "."))
+            raise DamagedFile(
+                f"{path.name} was changed after it was written: the tensor {wrong[0]} is not what it was"
+                + (f", nor are {len(wrong) - 1} more." if len(wrong) > 1 else ".")
+            )
     return found
 
 
@@ -73,7 +92,11 @@ class TensorReader:
         except FileNotFoundError as error:
             raise DamagedFile(f"{path.name} is missing.") from error
         except (UnreadableHeader, SafetensorError, OSError) as error:
-            sentence = str(error) if isinstance(error, UnreadableHeader) else f"{path.name} could not be read as a safetensors file."
+            sentence = (
+                str(error)
+                if isinstance(error, UnreadableHeader)
+                else f"{path.name} could not be read as a safetensors file."
+            )
             raise DamagedFile(sentence) from error
         self.metadata: dict[str, str] = self._file.metadata() or {}
 
@@ -112,7 +135,12 @@ class TensorWriter:
     `layout` maps names to (dtype, shape). The file appears under its name only when every tensor was put and synced.
     """
 
-    def __init__(self, path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.hashes: dict[str, str] = {}
         self._beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -135,8 +163,10 @@ class TensorWriter:
         """Write the next tensor of `order`."""
         expected = self.order[len(self.hashes)] if len(self.hashes) < len(self.order) else None
         if name != expected or (_NAMES[tensor.dtype], tuple(tensor.shape)) != self._layout[name]:
-            raise ValueError(f"The writer expects {expected} with {self._layout.get(expected or '')} and was given {name} "
-                             f"with {tensor.dtype}, {tuple(tensor.shape)}.")
+            raise ValueError(
+                f"The writer expects {expected} with {self._layout.get(expected or '')} and was given {name} "
+                f"with {tensor.dtype}, {tuple(tensor.shape)}."
+            )
         raw = _raw(tensor)
         self.hashes[name] = _hash(*self._layout[name], raw)
         self._file.write(raw)
@@ -144,7 +174,9 @@ class TensorWriter:
     def __enter__(self) -> TensorWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with self._file:
             if kind is None:
                 self._file.flush()
@@ -158,7 +190,7 @@ class TensorWriter:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _hash(dtype: str, shape: tuple[int, ...], raw: memoryview) -> str:
