@@ -31,6 +31,7 @@ from engine.core.slots import Slot
 
 MAX_REQUEST_BYTES = 4_000_000
 CALL_SECONDS = 110
+LONG_CALL_SECONDS = {"certify": 1800}
 Answer = dict[str, Any]
 
 
@@ -226,6 +227,7 @@ class Service:
             return None
 
     def _fork_call(self, link: socket.socket, request: Answer) -> None:
+        deadline = time.monotonic() + LONG_CALL_SECONDS.get(str(request.get("call")), CALL_SECONDS)
         if self.on_gpu:
             process = subprocess.Popen(
                 [sys.executable, "-m", "engine", "call"], stdin=subprocess.PIPE, stdout=link.fileno()
@@ -234,7 +236,7 @@ class Service:
             process.stdin.write(encode(request))
             process.stdin.close()
             self.spawned[process.pid] = process
-            self.deadlines[process.pid] = time.monotonic() + CALL_SECONDS
+            self.deadlines[process.pid] = deadline
             return
         pid = os.fork()
         if pid == 0:
@@ -245,7 +247,7 @@ class Service:
             finally:
                 os._exit(0)
         self.children[pid] = None
-        self.deadlines[pid] = time.monotonic() + CALL_SECONDS
+        self.deadlines[pid] = deadline
 
     def _launch(self, folder: Path) -> Answer:
         if not (folder / "recipe.json").exists():
@@ -270,6 +272,7 @@ class Service:
                     stdout=output,
                     stderr=output,
                     start_new_session=True,
+                    env={**os.environ, "BONSAI_ENGINE_SOCKET": str(self.path)},
                 )
             self.spawned[process.pid] = process
             self.children[process.pid] = folder
@@ -280,6 +283,7 @@ class Service:
             try:
                 os.setsid()
                 self._become_child()
+                os.environ["BONSAI_ENGINE_SOCKET"] = str(self.path)
                 output_fd = os.open(folder / "child.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 os.dup2(output_fd, 1)
                 os.dup2(output_fd, 2)

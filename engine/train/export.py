@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
+import os
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor
 
 from engine import __version__
+from engine.client import Engine
 from engine.core.artifact import seal
 from engine.core.control import write_json
+from engine.core.errors import EngineError
 from engine.core.facts import DataFacts
 from engine.core.method import Composition
 from engine.core.recipe import Recipe, parse_recipe_text
@@ -38,7 +42,7 @@ def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
     final = {key: value for key, value in run.best.items() if key != "step"} if run.best else run.scores
     folder = run.folder / ARTIFACT
     beside = run.folder / f".{ARTIFACT}.tmp"
-    _remove(beside)
+    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     _write_reference(run, beside)
     samples = _samples(run)
@@ -63,7 +67,7 @@ def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
     (beside / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     (beside / "README.md").write_text(model_card(description), encoding="utf-8")
     seal(beside)
-    _remove(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     certificate = certify_in_clean_process(folder)
     run.log.emit(
@@ -180,27 +184,32 @@ _FORM_HELP = {
 
 
 def certify_in_clean_process(folder: Path) -> dict[str, Any]:
-    """Run `python -m engine certify` on the folder in a fresh interpreter and read the certificate it leaves."""
-    done = subprocess.run(
-        [sys.executable, "-m", "engine", "certify", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
+    """Let a process that never saw the run load the export: a fork of the resident service, or of a fresh fork server."""
     path = folder / "certificate.json"
+    service = os.environ.get("BONSAI_ENGINE_SOCKET")
+    try:
+        if service and Path(service).exists():
+            Engine(service, timeout=1800).call("certify", artifact=str(folder))
+        else:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["engine.train.certificate"])
+            process = context.Process(target=_certify, args=(str(folder),))
+            process.start()
+            process.join(1800)
+            if process.is_alive():
+                process.kill()
+    except (EngineError, OSError) as error:
+        print(f"The certificate could not be made: {error}", file=sys.stderr)
     if not path.exists():
-        write_json(
-            path,
-            {
-                "ok": False,
-                "forms": [],
-                "sentence": "The export could not be loaded in a clean process.",
-                "detail": done.stderr.strip().splitlines()[-1:],
-            },
-        )
+        write_json(path, {"ok": False, "forms": [], "sentence": "The export could not be loaded in a clean process."})
     certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return certificate
+
+
+def _certify(folder: str) -> None:
+    from engine.train.certificate import certify
+
+    certify(Path(folder))
 
 
 def load_predictor(folder: Path) -> Predictor:
@@ -316,9 +325,3 @@ def _samples(run: Run) -> list[dict[str, str]]:
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else "–"
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

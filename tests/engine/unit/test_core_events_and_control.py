@@ -24,7 +24,9 @@ def all_rows(folder: Path) -> list[dict[str, float]]:
 
 @settings(max_examples=40, deadline=None)
 @given(cut=st.integers(0, 400), resume_at=st.integers(0, 30), interval=st.sampled_from([0.0, 60.0]))
-def test_a_torn_log_continues_without_hole_or_repeat(tmp_path_factory, cut: int, resume_at: int, interval: float) -> None:
+def test_a_torn_log_continues_without_hole_or_repeat(
+    tmp_path_factory, cut: int, resume_at: int, interval: float
+) -> None:
     folder = tmp_path_factory.mktemp("log")
     log = EventLog(folder, interval=interval)
     for step in range(1, 31):

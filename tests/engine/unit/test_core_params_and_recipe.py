@@ -65,7 +65,11 @@ def test_range_fault_names_the_range() -> None:
 
 
 @given(
-    rate=st.floats(1e-7, 1.0), epochs=st.floats(0.1, 50), batch=st.integers(1, 512), seed=st.integers(0, 2**31 - 1), name=st.text(max_size=40)
+    rate=st.floats(1e-7, 1.0),
+    epochs=st.floats(0.1, 50),
+    batch=st.integers(1, 512),
+    seed=st.integers(0, 2**31 - 1),
+    name=st.text(max_size=40),
 )
 def test_yaml_round_trip_keeps_the_fingerprint(rate: float, epochs: float, batch: int, seed: int, name: str) -> None:
     settings = {"learning_rate": rate, "epochs": epochs, "batch_size": batch, "seed": seed}

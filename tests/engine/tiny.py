@@ -1,0 +1,116 @@
+"""Tiny real models and data for tests of the whole engine: random weights, our own stories, our own messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.core.control import write_json
+from engine.core.events import LOG_NAME, read_events
+from engine.core.method import TrainMethod
+from engine.core.recipe import Recipe, parse_recipe
+from engine.core.slots import Slot
+from engine.ops.check import require
+from engine.ops.pretrain import train_tokenizer
+from engine.starters import starter_data
+from engine.starters.corpus import dialogues, stories
+
+
+class Tiny:
+    """A folder with a decoder, an encoder, and data for every task; recipes over them; runs of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._decoder()
+        self._encoder()
+        with (folder / "stories.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": text[:160]}) + "\n" for text in stories(1, 40))
+        with (folder / "dialogues.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in dialogues(2, 40))
+        rows = Path(starter_data("customer-messages").path).read_text(encoding="utf-8").splitlines()
+        (folder / "messages.csv").write_text("\n".join(rows[:65]) + "\n", encoding="utf-8")
+
+    def _decoder(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        tokenizer = train_tokenizer(stories(3, 60), 400)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4,
+            vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(self.folder / "decoder")
+        tokenizer.save_pretrained(self.folder / "decoder")
+
+    def _encoder(self) -> None:
+        from transformers import BertConfig, BertModel
+
+        tokenizer = train_tokenizer(stories(3, 60), 400)
+        torch.manual_seed(0)
+        config = BertConfig(
+            hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=len(tokenizer),
+            max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id, num_labels=2,
+        )  # fmt: skip
+        BertModel(config).save_pretrained(self.folder / "encoder")
+        tokenizer.save_pretrained(self.folder / "encoder")
+
+    def inputs(self, task: str) -> dict[str, Any]:
+        """Model and data of a recipe for a task."""
+        model, data = {"classify": ("encoder", "messages.csv"), "instruct": ("decoder", "dialogues.jsonl")}.get(
+            task, ("decoder", "stories.jsonl")
+        )
+        return {
+            "task": task,
+            "model": {"source": f"folder:{self.folder / model}"},
+            "data": {"source": f"file:{self.folder / data}"},
+        }
+
+    def recipe(
+        self, methods: list[tuple[str, Mapping[str, Any]]], *, task: str = "causal_lm", **settings: Any
+    ) -> Recipe:
+        """A recipe of a few quick steps, with every open setting filled."""
+        plan = {"epochs": 2, "max_steps": 8, "batch_size": 4, "max_length": 48, "learning_rate": 1e-2, "evaluations": 2,
+                "checkpoint_every": 3, "precision": "fp32", **settings}  # fmt: skip
+        refs = [{"slug": slug, "params": dict(params)} for slug, params in methods]
+        return require(parse_recipe({**self.inputs(task), "methods": refs, "settings": plan})).recipe
+
+    def recipe_for(self, method: type[TrainMethod], **settings: Any) -> Recipe:
+        """A recipe in which `method` stands with its tiny preset, beside whatever else a run needs."""
+        task = (
+            method.needs.tasks[0]
+            if method.needs.tasks
+            else "classify"
+            if "encoder" in method.needs.kinds
+            else "causal_lm"
+        )
+        own = (method.card.slug, method.presets["tiny"])
+        needed = [] if Slot.PARAMETRIZATION in method.slots else [("full-finetuning", {})]
+        return self.recipe([*needed, own], task=task, **settings)
+
+
+def lay(folder: Path, recipe: Recipe) -> Path:
+    """Put a recipe into a fresh job folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
+    return folder
+
+
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    """The deterministic columns of every step in the log."""
+    timing = {"seconds", "tokens_per_second", "memory"}
+    return [
+        {key: value for key, value in row.items() if key not in timing}
+        for event, _ in read_events(folder / LOG_NAME)
+        if event.kind == "metric"
+        for row in event.data["rows"]
+    ]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The data of every event of a kind, with its step."""
+    return [{"step": event.step, **event.data} for event, _ in read_events(folder / LOG_NAME) if event.kind == kind]
