@@ -1,0 +1,79 @@
+"""Full fine-tuning: every weight learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, Suggestion, TrainMethod
+from engine.core.recipe import Recipe
+from engine.core.slots import Slot
+from engine.train.parts import Parametrization, PartContext
+
+_RATES = ((2_000_000, 5e-4), (20_000_000, 3e-4), (200_000_000, 1e-4), (2_000_000_000, 3e-5))  # below so many parameters -> rate
+
+
+class EveryWeight(Parametrization):
+    """All parameters learn, in fp32; weights that are tied learn once."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Nothing is added to the model."""
+
+    def trainables(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return dict(model.named_parameters())
+
+    def merge(self, model: nn.Module) -> bool:
+        return True
+
+
+class FullFinetuning(TrainMethod):
+    """Every weight learns; the reference that lighter methods are measured against."""
+
+    card = Card(
+        slug="full-finetuning",
+        title="Full fine-tuning",
+        pick_when="Pick this when you want the most the model can learn from your examples, and memory and the size of the result do not matter.",
+        summary="Every number in the model may change. It learns the most and forgets the most, needs about four times the memory of the model "
+                "itself, and the result is a complete model.",
+        algorithm=(
+            "Load all weights in fp32.",
+            "For each batch compute the loss and its gradient for every weight.",
+            "Let the optimizer move every weight.",
+            "The result is the whole model; there is no small file to take home.",
+        ),
+        avoid_when="There are only a few dozen examples, the model is large for this machine, or you want to keep many variants of one model.",
+        traps=(
+            "A learning rate that suits an adapter destroys a pretrained model when every weight moves: use ten times less.",
+            "Input embedding and output layer are often one and the same tensor; it must be moved once, not twice.",
+            "Weights kept in bf16 swallow small updates: what learns is kept in fp32 here.",
+        ),
+        cost=Cost(time=4, memory=5, size=5),
+        family="Baselines",
+    )
+    slots = (Slot.PARAMETRIZATION,)
+    cannot = {"adapter": "Every weight changes, so the complete model is the only form of the result."}
+
+    @classmethod
+    def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
+        return frozenset(facts.model.tensors)
+
+    @classmethod
+    def num_trainable(cls, params: Any, facts: Facts) -> int:
+        return facts.model.num_parameters
+
+    @classmethod
+    def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
+        size = facts.model.num_parameters
+        if facts.model.kind == "encoder":
+            return [Suggestion(where="settings.learning_rate", value=5e-5,
+                               reason="5e-5 is the usual rate when every weight of a pretrained encoder learns.")]
+        rate = next((rate for limit, rate in _RATES if size < limit), 1e-5)
+        return [Suggestion(where="settings.learning_rate", value=rate,
+                           reason=f"Every weight learns, and a language model of {size:,} parameters takes steps of {rate:g} well; "
+                                  "larger models need smaller ones.")]
+
+    def parts(self, ctx: PartContext) -> Sequence[Any]:
+        return [EveryWeight()]

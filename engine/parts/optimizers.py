@@ -1,0 +1,37 @@
+"""Building optimizers over trainables: which parameters decay, and the quickest kernel the device has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+_FUSED = {"cpu", "cuda"}
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices decay; biases, norms and every other vector do not."""
+    every = list(parameters)
+    groups = [
+        {"params": [p for p in every if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in every if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def kernel(parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
+    """The constructor arguments of the quickest exact kernel: one fused pass where the device has it, lists of tensors elsewhere."""
+    fused = all(p.device.type in _FUSED and p.is_floating_point() for p in parameters)
+    return {"fused": True} if fused else {"foreach": True}
+
+
+def gradients(trainables: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients that exist."""
+    return [p.grad for p in trainables if p.grad is not None]
+
+
+def gradient_norm(trainables: Iterable[nn.Parameter]) -> Tensor:
+    """The L2 norm over all gradients, left on their device."""
+    return get_total_norm(gradients(trainables))
