@@ -245,6 +245,10 @@ class Schedule(Part):
     def factor(self, clock: Clock) -> float:
         raise NotImplementedError
 
+    def warmup_steps(self, clock: Clock) -> int:
+        """How many steps rise at the start; watchers judge none of them."""
+        return 0
+
 
 @dataclass(slots=True)
 class StepReport:

@@ -112,7 +112,7 @@ class Run:
         self.first_scores: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
         self.ending: Ending | None = None
-        self.warmup_steps = int(getattr(slots.schedule, "warmup_steps", 0))
+        self.warmup_steps = slots.schedule.warmup_steps(clock)
         self._order: list[int] = []
         self._batches: list[list[int]] = []
         self._tick = time.perf_counter()
