@@ -18,7 +18,7 @@ from engine.io.shapes import MAX_LABELS, SHAPES, guess_shape, row_in_roles, shap
 
 __all__ = [
     "FORMATS", "MAX_FILE_BYTES", "SHAPES", "Finding", "Inspection", "dataset_faults", "guess_shape", "inspect", "read_rows", "shape_of",
-    "sniff_format",
+    "row_in_roles", "sniff_format",
 ]  # fmt: skip
 
 PREVIEW_ROWS = 20
