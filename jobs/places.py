@@ -25,7 +25,7 @@ def wake_folder() -> Path:
 
 def engine_socket() -> Path:
     """Where the engine service listens."""
-    return home() / "engine.sock"
+    return Path(settings.BONSAI_ENGINE_SOCKET or home() / "engine.sock")
 
 
 def catalogue_file() -> Path:

@@ -1,4 +1,4 @@
-"""Settings. Everything that a machine may decide differently comes from the environment; docs/operations.md lists the names."""
+"""Settings. Everything that a machine may decide differently comes from the environment; docs/operators.md lists the names."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ BONSAI_HOME = _private_folder(Path(env.str("BONSAI_HOME", default=str(BASE_DIR /
 SECRET_KEY = env.str("BONSAI_SECRET_KEY", default="") or _secret_key(BONSAI_HOME / "secret_key")
 DEBUG = env.bool("BONSAI_DEBUG", default=False)
 
+BONSAI_HOST = env.str("BONSAI_HOST", default="127.0.0.1")
 BONSAI_PORT = env.int("BONSAI_PORT", default=8000)
+BONSAI_ENGINE_SOCKET = env.str("BONSAI_ENGINE_SOCKET", default="")
 BONSAI_GRACE_SECONDS = env.float("BONSAI_GRACE_SECONDS", default=30.0)
 BONSAI_LEASE_SECONDS = env.float("BONSAI_LEASE_SECONDS", default=30.0)
 BONSAI_MAX_WAITING_JOBS = env.int("BONSAI_MAX_WAITING_JOBS", default=200)
+BONSAI_KEEP_EVENTS = env.int("BONSAI_KEEP_EVENTS", default=200_000)
 
 # The loopback names always work; a server adds its own. A foreign name is how DNS rebinding would come in.
-ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *env.list("BONSAI_HOSTS", default=[])]
+ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *env.list("BONSAI_ALLOWED_HOSTS", default=[])]
 CSRF_TRUSTED_ORIGINS = env.list("BONSAI_ORIGINS", default=[])
 BONSAI_HTTPS = env.bool("BONSAI_HTTPS", default=False)
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = BONSAI_HTTPS

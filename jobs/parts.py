@@ -1,0 +1,135 @@
+"""The processes of an embedded installation: started together, restarted when one falls, stopped together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from django.conf import settings
+
+from engine.core.control import write_json
+from jobs.places import engine_socket, home
+from jobs.processes import is_alive, process_start, signal_group
+
+ROOT = Path(__file__).resolve().parent.parent
+STATE = "up.json"
+MAX_LOG_BYTES = 10 << 20
+SECRETS = ("BONSAI_SECRET_KEY", "BONSAI_ADMIN_PASSWORD", "DATABASE_URL", "REDIS_URL")
+MAX_PAUSE = 30.0
+
+
+class Part:
+    """One process that should always run."""
+
+    def __init__(self, name: str, command: Sequence[str], *, secret: bool = True) -> None:
+        self.name, self.command, self.secret = name, list(command), secret
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = home() / "log" / f"{name}.log"
+        self._pause = 0.5
+        self._since = 0.0
+        self._retry_at = 0.0
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive",
+                       "BONSAI_HOME": str(settings.BONSAI_HOME), "DJANGO_SETTINGS_MODULE": "studio.settings"}
+        if not self.secret:
+            environment = {key: value for key, value in environment.items() if key not in SECRETS}
+        with self._opened_log() as output:
+            self.process = subprocess.Popen(self.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                                            start_new_session=True)
+        self._since = time.monotonic()
+
+    def look(self) -> bool:
+        """Restart the process when it has fallen, later each time; True when it was restarted now."""
+        now = time.monotonic()
+        if self.process is None or self.process.poll() is None:
+            if now - self._since > 60:
+                self._pause = 0.5
+            return False
+        if not self._retry_at:
+            self._retry_at, self._pause = now + self._pause, min(self._pause * 2, MAX_PAUSE)
+        if now < self._retry_at:
+            return False
+        self._retry_at = 0.0
+        self.start()
+        return True
+
+    def stop(self, seconds: float) -> None:
+        """Ask it to end, and make it end when it does not."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            signal_group(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def last_words(self) -> str:
+        """The end of its log, for a person who has to find out what is wrong."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - 2000))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-5:])
+
+    def _opened_log(self) -> IO[bytes]:
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.log.exists() and self.log.stat().st_size > MAX_LOG_BYTES:
+            self.log.replace(self.log.with_suffix(".old.log"))
+        return self.log.open("ab")
+
+
+def parts(host: str, port: int) -> list[Part]:
+    """Engine service, consumer and web server."""
+    python, manage = sys.executable, str(ROOT / "manage.py")
+    web = [python, "-m", "uvicorn", "studio.asgi:application", "--host", host, "--port", str(port), "--log-level", "warning",
+           "--no-server-header", "--no-access-log", "--timeout-graceful-shutdown", "3", "--ws-max-size", "65536"]
+    return [
+        Part("engine", [python, "-m", "engine", "serve", "--socket", str(engine_socket())], secret=False),
+        Part("web", web),
+        Part("consumer", [python, manage, "consume"]),
+    ]
+
+
+def remember(running: Sequence[Part], address: str) -> None:
+    """Write down who runs, so that the next start finds what a killed supervisor left behind."""
+    pids = [part.process.pid for part in running if part.process is not None]
+    write_json(home() / STATE, {"address": address, "up": _named(os.getpid()), "parts": [_named(pid) for pid in pids]})
+
+
+def forget() -> None:
+    (home() / STATE).unlink(missing_ok=True)
+
+
+def running_address() -> str:
+    """Where the studio of this data folder runs already, or nothing."""
+    state = _state()
+    return str(state.get("address", "")) if is_alive(*state.get("up", (None, None))) else ""
+
+
+def clear_leftovers() -> None:
+    """End the processes of a supervisor that was killed. Trainings are none of them; they go on and are found again."""
+    left = [(pid, started) for pid, started in _state().get("parts", []) if is_alive(pid, started)]
+    for pid, _ in left:
+        os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + 5
+    while any(is_alive(pid, started) for pid, started in left) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _state() -> dict[str, list]:
+    try:
+        body = json.loads((home() / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _named(pid: int) -> tuple[int, int | None]:
+    return pid, process_start(pid)
