@@ -1,0 +1,405 @@
+"""What the API sends and takes, as schemas; the first line of each is what the documentation shows."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import Any
+
+from ninja import Schema
+from pydantic import ConfigDict, Field
+
+from jobs.api.paging import PageInfo
+from jobs.models import ApiToken, Artifact, Dataset, Job, ModelEntry
+
+
+class FaultOut(Schema):
+    """One thing that is wrong: where, what, why, and the way out."""
+
+    where: str = Field(description="Dotted path into the request, the recipe or the file.")
+    what: str
+    why: str
+    way_out: str
+    code: str = Field(description="Stable, for machines.")
+
+
+class ProblemOut(Schema):
+    """A refusal (RFC 9457), with everything that is wrong at once."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    faults: list[FaultOut]
+
+
+class Strict(Schema):
+    """A body without unknown fields: a misspelled field is refused instead of ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# -- data sets ---------------------------------------------------------------------------------------------------------------------
+
+
+class DatasetOut(Schema):
+    """A table of examples, and what a look at it told."""
+
+    id: uuid.UUID
+    name: str
+    starter: str = Field(description="Not empty for the data sets that come with the studio.")
+    mine: bool
+    format: str
+    bytes: int
+    sha256: str
+    num_rows: int
+    shape: str
+    columns: list[str]
+    mapping: dict[str, str] = Field(description="Role to column, as guessed or as chosen.")
+    labels: list[str]
+    findings: list[Any] = Field(description="What was noticed in the file.")
+    created: datetime
+    source: str = Field(description="How a recipe names it, as data.source.")
+
+
+class DatasetDetail(DatasetOut):
+    """A data set with its first rows and its measures."""
+
+    preview: list[Any]
+    facts: dict[str, Any]
+
+
+class DatasetList(PageInfo):
+    """A page of data sets."""
+
+    items: list[DatasetOut]
+
+
+class DatasetPatch(Strict):
+    """What may be changed about a data set."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=120)
+    mapping: dict[str, str] | None = Field(default=None, description="Role to column, for every role.")
+
+
+class UsageOut(Schema):
+    """How much of your quota you use."""
+
+    bytes: int
+    datasets: int
+    quota_bytes: int
+    max_datasets: int
+    max_upload_bytes: int
+
+
+# -- models and methods ------------------------------------------------------------------------------------------------------------
+
+
+class ModelOut(Schema):
+    """A model that runs may start from."""
+
+    id: uuid.UUID
+    name: str
+    source: str = Field(description="How a recipe names it, as model.source.")
+    sentence: str
+    kind: str
+    family: str
+    num_parameters: int
+    mine: bool
+    created: datetime
+    facts: dict[str, Any]
+
+
+class ModelList(PageInfo):
+    """A page of models."""
+
+    items: list[ModelOut]
+
+
+class ModelIn(Strict):
+    """A model to offer to everyone; its files are looked at, never run."""
+
+    name: str = Field(min_length=1, max_length=200)
+    source: str = Field(min_length=1, max_length=1000, description="starter:NAME, folder:/path or hub:owner/name")
+    sentence: str = Field(default="", max_length=400)
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------------------
+
+
+class CheckOut(Schema):
+    """A recipe that can run: every open setting filled, with the reasons."""
+
+    recipe: dict[str, Any] = Field(description="The recipe as it would run.")
+    fingerprint: str
+    suggestions: list[dict[str, Any]] = Field(description="Which settings were filled in, and why.")
+    composition: list[dict[str, Any]] = Field(description="Which method stands in which slot.")
+    estimate: dict[str, Any] = Field(description="Memory, time and size to expect.")
+    verdicts: dict[str, Any] = Field(description="For every method, whether it fits this model and this data.")
+
+
+class JobOut(Schema):
+    """One run and where it stands."""
+
+    id: uuid.UUID
+    name: str
+    status: str
+    reason: str
+    message: str = Field(description="Why the job is in this state, in a sentence.")
+    faults: list[FaultOut]
+    dataset: uuid.UUID | None
+    model: uuid.UUID | None
+    again_of: uuid.UUID | None
+    artifact: uuid.UUID | None
+    stop_request: str
+    attempt: int
+    device: str
+    done_steps: int
+    total_steps: int
+    eta_seconds: float | None
+    loss: float | None
+    metrics: dict[str, Any]
+    last_signal: dict[str, Any]
+    last_seq: int
+    created: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    mine: bool
+
+
+class JobDetail(JobOut):
+    """A job with its recipe."""
+
+    recipe: dict[str, Any]
+    request: dict[str, Any] = Field(description="The recipe as it was asked for.")
+    suggestions: list[dict[str, Any]]
+    estimate: dict[str, Any]
+    fingerprint: str
+
+
+class JobList(PageInfo):
+    """A page of jobs."""
+
+    items: list[JobOut]
+
+
+class EventOut(Schema):
+    """One numbered thing that happened; kinds and fields are those of the engine's log, plus "status"."""
+
+    seq: int
+    time: float
+    kind: str
+    step: int
+    data: dict[str, Any]
+
+
+class EventsOut(Schema):
+    """Events after a number, without a hole; or resync, when some of them were pruned."""
+
+    events: list[EventOut]
+    last_seq: int
+    resync: bool = False
+    first: int | None = Field(default=None, description="With resync: the oldest event that is left.")
+
+
+# -- results -----------------------------------------------------------------------------------------------------------------------
+
+
+class ArtifactOut(Schema):
+    """What a job made."""
+
+    id: uuid.UUID
+    job: uuid.UUID
+    name: str
+    content_id: str = Field(description="SHA-256 over the hashes of all its files.")
+    bytes: int
+    forms: list[str] = Field(description="The forms it can be downloaded in.")
+    certified: bool = Field(description="Whether a clean process got the trained model's answers from every form.")
+    certificate_sentence: str
+    mine: bool
+    created: datetime
+
+
+class ArtifactDetail(ArtifactOut):
+    """A result with its description and its files."""
+
+    description: dict[str, Any]
+    files: dict[str, Any]
+
+
+class ArtifactList(PageInfo):
+    """A page of results."""
+
+    items: list[ArtifactOut]
+
+
+class PredictIn(Strict):
+    """What to ask a trained model."""
+
+    inputs: list[Any] = Field(
+        min_length=1, max_length=64, description="Texts, or conversations as lists of {role, content}."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="For language models: max_new_tokens, temperature …"
+    )
+
+
+class PredictOut(Schema):
+    """The answers, in the order of the inputs."""
+
+    answers: list[dict[str, Any]]
+
+
+# -- tokens and health -------------------------------------------------------------------------------------------------------------
+
+
+class TokenIn(Strict):
+    """A name that reminds you where the token is used."""
+
+    name: str = Field(min_length=1, max_length=100)
+
+
+class TokenOut(Schema):
+    """A personal token; the secret itself is not kept."""
+
+    id: int
+    name: str
+    prefix: str
+    created: datetime
+    last_used: datetime | None
+    revoked: bool
+
+
+class TokenCreated(TokenOut):
+    """A new token with its secret, shown this once."""
+
+    token: str
+
+
+class TokenList(PageInfo):
+    """A page of tokens."""
+
+    items: list[TokenOut]
+
+
+class HealthOut(Schema):
+    """Whether the studio can work."""
+
+    status: str = Field(description="ok, or degraded with the sentence that says why.")
+    message: str
+    database: bool
+    engine: bool
+    version: str
+
+
+def dataset_out(row: Dataset, user_id: int | None) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "starter": row.starter,
+        "mine": row.owner_id == user_id,
+        "format": row.format,
+        "bytes": row.bytes,
+        "sha256": row.sha256,
+        "num_rows": row.num_rows,
+        "shape": row.shape,
+        "columns": row.columns,
+        "mapping": row.mapping,
+        "labels": row.labels,
+        "findings": row.findings,
+        "created": row.created,
+        "source": f"dataset:{row.id}",
+    }
+
+
+def dataset_detail(row: Dataset, user_id: int | None) -> dict[str, Any]:
+    return {**dataset_out(row, user_id), "preview": row.preview, "facts": row.facts}
+
+
+def model_out(row: ModelEntry, user_id: int | None) -> dict[str, Any]:
+    # Where the files of a model lie is nobody's business but the server's; a recipe names the entry.
+    return {
+        "id": row.id,
+        "name": row.name,
+        "source": f"model:{row.id}",
+        "sentence": row.sentence,
+        "kind": row.kind,
+        "family": row.family,
+        "num_parameters": row.num_parameters,
+        "mine": row.owner_id == user_id,
+        "created": row.created,
+        "facts": {
+            key: value for key, value in row.facts.items() if key not in {"path", "source", "tensors", "linears"}
+        },
+    }
+
+
+def job_out(row: Job, user_id: int | None) -> dict[str, Any]:
+    artifact = getattr(row, "artifact", None)
+    return {
+        "id": row.id,
+        "name": row.name,
+        "status": row.status,
+        "reason": row.reason,
+        "message": row.message,
+        "faults": row.faults,
+        "dataset": row.dataset_id,
+        "model": row.model_id,
+        "again_of": row.again_of_id,
+        "artifact": artifact.id if artifact else None,
+        "stop_request": row.stop_request,
+        "attempt": row.attempt,
+        "device": row.device,
+        "done_steps": row.done_steps,
+        "total_steps": row.total_steps,
+        "eta_seconds": row.eta_seconds,
+        "loss": row.loss,
+        "metrics": row.metrics,
+        "last_signal": row.last_signal,
+        "last_seq": row.last_seq,
+        "created": row.created,
+        "started_at": row.started_at,
+        "ended_at": row.ended_at,
+        "mine": row.owner_id == user_id,
+    }
+
+
+def job_detail(row: Job, user_id: int | None) -> dict[str, Any]:
+    return {
+        **job_out(row, user_id),
+        "recipe": row.recipe,
+        "request": row.request,
+        "suggestions": row.suggestions,
+        "estimate": row.estimate,
+        "fingerprint": row.fingerprint,
+    }
+
+
+def artifact_out(row: Artifact, user_id: int | None, forms: list[str]) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "job": row.job_id,
+        "name": row.job.name,
+        "content_id": row.content_id,
+        "bytes": row.bytes,
+        "forms": forms,
+        "certified": row.certificate.get("ok") is True,
+        "certificate_sentence": str(row.certificate.get("sentence", "")),
+        "mine": row.job.owner_id == user_id,
+        "created": row.created,
+    }
+
+
+def artifact_detail(row: Artifact, user_id: int | None, forms: list[str]) -> dict[str, Any]:
+    return {**artifact_out(row, user_id, forms), "description": row.description, "files": row.files}
+
+
+def token_out(row: ApiToken) -> dict[str, Any]:
+    return {
+        "id": row.pk,
+        "name": row.name,
+        "prefix": row.prefix,
+        "created": row.created,
+        "last_used": row.last_used,
+        "revoked": row.revoked,
+    }
