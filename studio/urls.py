@@ -4,12 +4,10 @@ from django.contrib import admin
 from django.urls import include, path
 
 from jobs.api.urls import api
-from jobs.api import api
 from jobs.enter import enter
 
 urlpatterns = [
     path("admin/", admin.site.urls),
-    path("api/v1/", api.urls),
     path("api/v1/", api.urls),
     path("enter/<str:token>/", enter, name="enter"),
     path("", include("studio.pages.urls")),
