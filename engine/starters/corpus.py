@@ -89,6 +89,14 @@ def _about(rng: random.Random) -> tuple[str, str]:
     return f"{lead}\n\n{story.text}", f"It is about {story.hero}: {story.about}."
 
 
+def _order(rng: random.Random) -> tuple[str, str]:
+    story = _one(rng)
+    parts = [story.sentences[index] for index in sorted(rng.sample(range(len(story.sentences)), 3))]
+    mixed = rng.sample(parts, 3)
+    lead = rng.choice(("Put the parts of the story in order:", "What comes first, and what comes after? Put in order:"))
+    return "\n".join([lead, *(f"- {part}" for part in mixed)]), "\n".join(f"- {part}" for part in parts)
+
+
 def _village(rng: random.Random) -> tuple[str, str]:
     person = rng.choice(world.CRAFTSPEOPLE)
     name, kind, colour, bed = rng.choice(world.ANIMALS)
@@ -105,5 +113,5 @@ def _village(rng: random.Random) -> tuple[str, str]:
     )
 
 
-_WAYS = (_ask_fact, _tell, _finish, _about, _village)
-_WEIGHTS = (50, 18, 15, 10, 7)
+_WAYS = (_ask_fact, _tell, _finish, _about, _order, _village)
+_WEIGHTS = (48, 18, 14, 8, 5, 7)

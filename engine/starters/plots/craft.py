@@ -172,8 +172,7 @@ def building(t: Teller) -> None:
     )
     t.ask("What was wrong at first?", "{fault}.")
     t.may(
-        '"All that work for nothing," said {f} and kicked a stone. {h} said nothing. {h.he} '
-        "was thinking.",
+        '"All that work for nothing," said {f} and kicked a stone. {h} said nothing. {h.he} was thinking.',
         "They looked at each other with long faces. Then {h} began to laugh, and {f} had to laugh, too.",
         "They sat down and ate their bread. [With a full mouth one can think better|Bread helps with thinking].",
     )
