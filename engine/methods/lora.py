@@ -75,8 +75,8 @@ class LoRA(TrainMethod):
 
     @classmethod
     def supports(cls, facts: Facts) -> Verdict:
-        verdict = super().supports(facts)
-        return verdict if not verdict.ok else linear_verdict(cls.card.title, facts)
+        verdict = linear_verdict(cls.card.title, facts)
+        return super().supports(facts) if verdict.ok else verdict
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:

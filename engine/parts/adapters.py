@@ -35,6 +35,8 @@ def lora_config(
         config.save_pretrained(folder)
         content: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     content["target_modules"] = sorted(content["target_modules"])
+    if float(content["lora_alpha"]).is_integer():
+        content["lora_alpha"] = int(content["lora_alpha"])  # as peft writes it; some readers insist
     return content
 
 

@@ -20,16 +20,11 @@ TARGETS_HELP = (
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def editable(model: ModelFacts) -> dict[str, tuple[int, int]]:
-    """All linear layers but the output projection, which usually shares its weights with the embedding: name -> (out, in)."""
-    return {name: shape for name, shape in model.linears.items() if not _is_output(name, shape, model)}
-
-
 def targets(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
     """The layers that `spec` names, in the order of the model: name -> (out, in). Unknown names match nothing; see `target_faults`."""
-    layers, spec = editable(model), spec.strip()
+    layers, spec = model.linears, spec.strip()
     if spec == ALL:
-        return layers
+        return dict(layers)
     if spec in {ATTENTION, FEED_FORWARD}:
         return {name: shape for name, shape in layers.items() if bool(_ATTENTION.search(name)) is (spec == ATTENTION)}
     wanted = tuple(_names(spec))
@@ -38,7 +33,7 @@ def targets(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
 
 def target_faults(spec: str, model: ModelFacts, where: str = "targets") -> list[Fault]:
     """A fault for each name that no layer carries, with the nearest one that exists."""
-    layers = editable(model)
+    layers = model.linears
     ways = f"Write {ALL}, {ATTENTION} or {FEED_FORWARD}, or names of layers."
     if spec.strip() in {ALL, ATTENTION, FEED_FORWARD}:
         if targets(spec, model):
@@ -54,11 +49,10 @@ def target_faults(spec: str, model: ModelFacts, where: str = "targets") -> list[
         if any(_matches(name, item) for name in layers):
             continue
         close = difflib.get_close_matches(item, [*leaves, *layers, ALL, ATTENTION, FEED_FORWARD], n=1, cutoff=0.5)
-        output = any(_matches(name, item) for name in model.linears)
-        why = "It is the output layer, which shares its weights or belongs to the vocabulary." if output else "No linear layer has this name."
         faults.append(Fault(
-            where=where, what=f"There is no target layer called '{item}'.", why=why, code="no_such_layer",
-            way_out=f"Did you mean '{close[0]}'?" if close and not output else f"Choose from {', '.join(leaves)}, or write {ALL}."))
+            where=where, what=f"There is no target layer called '{item}'.", code="no_such_layer",
+            why="No linear layer has this name; embeddings, output layers and new classifiers cannot be targets.",
+            way_out=f"Did you mean '{close[0]}'?" if close else f"Choose from {', '.join(leaves)}, or write {ALL}."))
     return faults
 
 
@@ -73,7 +67,7 @@ def rank_faults(r: int, limits: Iterable[tuple[str, int]], *, noun: str, where: 
 
 def linear_verdict(title: str, facts: Facts) -> Verdict:
     """Whether the model has layers that can be edited; GPT-2's transposed Conv1D layers are not among them."""
-    if editable(facts.model):
+    if facts.model.linears:
         return Verdict(True)
     return Verdict(False, f"{title} edits ordinary linear layers, and this {facts.model.family} model keeps its weights in another form.",
                    "Choose full fine-tuning, or a model of another family, such as Llama or BERT.")
@@ -103,7 +97,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def short_names(chosen: Iterable[str], model: nn.Module) -> list[str]:
     """Leaf names where they mean exactly the chosen layers, full names otherwise: the way adapters are usually written."""
     names = list(chosen)
-    every = [name for name, module in model.named_modules() if not list(module.children()) or name in names]
+    every = [name for name, _ in model.named_modules()]
     short: set[str] = set()
     for name in names:
         leaf = name.rpartition(".")[2]
@@ -118,8 +112,3 @@ def _names(spec: str) -> list[str]:
 
 def _matches(name: str, item: str) -> bool:
     return name == item or name.endswith("." + item)
-
-
-def _is_output(name: str, shape: tuple[int, int], model: ModelFacts) -> bool:
-    in_a_block = any(part.isdigit() for part in name.split("."))
-    return not in_a_block and shape[0] == model.vocab_size
