@@ -39,7 +39,8 @@ def load_model(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """A model in eval mode on the CPU, and the names of its parameters that the folder has no weights for.
 
-    Those parameters are initialised from `seed` alone; no global generator moves.
+    Those parameters are initialised from `seed` alone; no global generator moves. `renew_heads` treats whatever lies outside of the model's
+    body as missing, because a head that was trained for other labels is worth nothing.
     """
     quiet()
     loader = getattr(transformers, auto_class)
@@ -58,6 +59,8 @@ def load_model(
     if lost:
         raise model_fault("The weights do not belong to this model.", f"{len(lost)} tensors are missing or have another shape, first {lost[0]}.",
                           "Copy or fetch the model again.", "wrong_weights")  # fmt: skip
+    if renew_heads:
+        fresh |= {name for name in names if not name.startswith(body)}
     _initialise(model, sorted(fresh), seed)
     return model.eval(), tuple(sorted(fresh))
 

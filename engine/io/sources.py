@@ -89,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise model_fault(f"The weights are in {pickled[0]}, a Python pickle, which could run a program when opened.", "Only safetensors are loaded.",
-                          "Convert the model once on a machine that may trust it: load it with transformers and call save_pretrained.", "pickle_weights")  # fmt: skip
+                          "Convert it once on a machine that may trust it: load it with transformers and call save_pretrained.", "pickle_weights")  # fmt: skip
     raise model_fault(
         "This folder holds no weights.",
         f"{WEIGHTS} or {INDEX} is missing.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.core.facts import DataFacts, Facts, ModelFacts
 from engine.core.recipe import Recipe
+from engine.io.datasets import read_rows
 
 Row = Mapping[str, Any]  # role -> value, e.g. {"text": …, "label": …} or {"messages": […]}
 
@@ -47,6 +48,10 @@ class Task:
     data_shapes: tuple[str, ...]  # shapes it can learn from
     roles: tuple[str, ...]  # columns it needs
     model_kinds: tuple[str, ...]
+
+    def rows(self, data: DataFacts) -> Iterator[Row]:
+        """Stream the usable rows of the data as role -> value."""
+        yield from read_rows(data)
 
     def load_model(self, facts: ModelFacts, data: DataFacts, *, dtype: torch.dtype, seed: int) -> nn.Module:
         """The transformers model, weights loaded from safetensors, fresh heads initialised from `seed`. On the CPU, in eval mode."""

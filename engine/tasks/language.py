@@ -1,0 +1,222 @@
+"""What the tasks of causal language models share: loading, collation, logits at supervised places, perplexity, and generation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.core.errors import bad_input
+from engine.core.facts import DataFacts, Facts, ModelFacts
+from engine.core.recipe import Recipe
+from engine.io.facts import AUTO_CLASSES
+from engine.io.models import load_config, load_model, load_tokenizer, model_folder
+from engine.io.sources import model_fault
+from engine.tasks.base import Encoded, Example, Predictor, Task
+from engine.tasks.batching import IGNORED, bucketed, measuring, moved, packed_batch, plain_batch, sliced, unpacked
+
+_EVAL_TOKENS = 8192  # of one evaluation batch, padding included
+
+
+class LanguageTask(Task):
+    """A decoder that learns to continue. Labels are aligned with input_ids; the place t predicts the label at t + 1."""
+
+    model_kinds = ("decoder",)
+    packs_examples = False  # whether several examples may share a row
+
+    def load_model(self, facts: ModelFacts, data: DataFacts, *, dtype: torch.dtype, seed: int) -> nn.Module:
+        folder = model_folder(facts)
+        model, fresh = load_model(folder, AUTO_CLASSES[self.name], dtype=dtype, config=load_config(folder), seed=seed)
+        if fresh:
+            raise model_fault("The weights of this model are not complete.", f"{len(fresh)} tensors are missing, first {fresh[0]}.",
+                              "Copy or fetch the model again, or choose another.", "missing_weights")  # fmt: skip
+        return model
+
+    def load_tokenizer(self, facts: ModelFacts) -> Any:
+        return load_tokenizer(model_folder(facts))
+
+    def batches(
+        self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Recipe
+    ) -> list[list[int]]:
+        packed = recipe.settings.packing
+        return sliced(order, batch_size) if packed else bucketed(examples, order, batch_size)
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor]:
+        pack = self.packs_examples and recipe.settings.packing and len(examples) > 1
+        return (packed_batch if pack else plain_batch)(examples, tokenizer.pad_token_id)
+
+    def forward_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if batch["attention_mask"].dim() == 4 and not _keeps_packed_apart(model, batch["input_ids"].shape[1]):
+            batch = unpacked(batch, 0)
+        targets = batch["labels"][:, 1:]  # [B, T-1]
+        supervised = targets != IGNORED
+        places = supervised.any(0).nonzero().squeeze(1)  # [P], where any row predicts something that counts
+        inputs: dict[str, Any] = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+        }
+        if inputs["attention_mask"].dim() == 4 and _attention(model) != "sdpa":
+            inputs["attention_mask"] = _additive(inputs["attention_mask"], model)
+        if _takes(model, "use_cache"):
+            inputs["use_cache"] = False
+        if _takes(model, "logits_to_keep"):
+            logits = model(**inputs, logits_to_keep=places).logits  # [B, P, vocab]
+        else:
+            logits = model(**inputs).logits[:, places]
+        chosen = supervised[:, places]  # [B, P]
+        return logits[chosen], targets[:, places][chosen]
+
+    def evaluate(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> dict[str, Any]:
+        return self.measure(model, encoded.holdout, tokenizer, device)
+
+    def measure(
+        self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
+    ) -> dict[str, Any]:
+        """Token-weighted mean loss; its standard error is that of a ratio of sums over examples."""
+        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+        sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
+        with measuring(model):
+            for indices in _token_batches(examples, by_length):
+                batch = plain_batch([examples[index] for index in indices], tokenizer.pad_token_id)
+                logits, labels = self.forward_logits(model, moved(batch, device))
+                losses = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()  # [N]
+                rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]  # [N], row-major like the logits
+                place = torch.tensor(indices)[rows]
+                sums.index_add_(0, place, losses)
+                counts.index_add_(0, place, torch.ones_like(losses))
+        total, number = float(counts.sum()), len(examples)
+        loss = float(sums.sum()) / total if total else math.nan
+        spread = float(((sums - loss * counts) ** 2).sum()) * number / max(1, number - 1)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {
+            "eval_loss": loss,
+            "eval_loss_se": math.sqrt(spread) / total if total else math.nan,
+            "eval_perplexity": perplexity,
+        }
+
+    def baseline(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, facts: Facts, device: torch.device
+    ) -> dict[str, Any]:
+        scores = self.measure(model, encoded.holdout, tokenizer, device)
+        sentence = (
+            f"Before training, the model gave each token of the held-out texts a loss of {scores['eval_loss']:.3f} "
+            f"(perplexity {scores['eval_perplexity']:.4g}); lower is better."
+        )
+        return {"name": "the same model before training", "sentence": sentence, **scores}
+
+    def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
+        return Writer(model, tokenizer)
+
+    def export_model(self, model: nn.Module, tokenizer: Any, data: DataFacts, folder: Any) -> None:
+        model.save_pretrained(Path(folder))  # type: ignore[operator]
+        tokenizer.save_pretrained(Path(folder))
+
+
+class Writer(Predictor):
+    """Continues texts and answers conversations, one at a time, greedily unless a temperature is given."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = [own] if isinstance(own, int) else list(own or [])
+        self.ends = sorted({token for token in (*ends, tokenizer.eos_token_id) if token is not None})
+
+    def prompt_ids(self, given: Any) -> list[int]:
+        """The tokens that the model is asked to continue."""
+        if not isinstance(given, str) or not given.strip():
+            raise bad_input(
+                "inputs",
+                "There is no text to continue.",
+                "Each input is a text.",
+                "Write the beginning of a text.",
+                "bad_prompt",
+            )
+        return list(self.tokenizer(given)["input_ids"])
+
+    def shown(self, prompt: list[int], tokens: list[int]) -> str:
+        """New tokens as text, with the space that a tokenizer drops at the start of a text."""
+        before = str(self.tokenizer.decode(prompt, skip_special_tokens=True))
+        both = str(self.tokenizer.decode([*prompt, *tokens], skip_special_tokens=True))
+        return (
+            both[len(before) :]
+            if both.startswith(before)
+            else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        )
+
+    def predict(self, inputs: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
+        """Options: max_new_tokens (64), temperature (0 = always the likeliest token), seed (17)."""
+        most, temperature, seed = (
+            int(options.get("max_new_tokens", 64)),
+            float(options.get("temperature", 0.0)),
+            int(options.get("seed", 17)),
+        )
+        if not (1 <= most <= 4096 and 0.0 <= temperature <= 10.0):
+            raise bad_input("options", "The length or the temperature is out of range.", "The length goes from 1 to 4096 tokens, the temperature from 0 to 10.",
+                            "Choose values within.", "out_of_range")  # fmt: skip
+        answers = []
+        for given in inputs:
+            prompt = self.prompt_ids(given)
+            tokens = self._continue(prompt, most, temperature, seed)
+            ended = bool(tokens) and tokens[-1] in self.ends
+            answers.append({"text": self.shown(prompt, tokens), "num_tokens": len(tokens), "ended": ended})
+        return answers
+
+    def _continue(self, prompt: list[int], most: int, temperature: float, seed: int) -> list[int]:
+        device = next(self.model.parameters()).device
+        limit = int(getattr(self.model.config, "max_position_embeddings", 0) or 0)  # type: ignore[union-attr, arg-type]
+        if limit:
+            most = min(most, max(1, limit - 8))
+            prompt = prompt[-(limit - most) :]
+        settings = transformers.GenerationConfig(
+            max_new_tokens=most, do_sample=temperature > 0, temperature=temperature or None, eos_token_id=self.ends or None,
+            pad_token_id=self.tokenizer.pad_token_id, use_cache=True,
+        )  # fmt: skip
+        ids = torch.tensor([prompt], device=device)
+        with measuring(self.model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)  # type: ignore[operator]
+        return list(out[0, len(prompt) :].tolist())
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward pass has an argument of this name."""
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", "sdpa"))
+
+
+def _keeps_packed_apart(model: nn.Module, length: int) -> bool:
+    """Whether masks and positions are all that connects the places of a row: not so with recurrent state, or a window shorter than the row."""
+    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    return (
+        _takes(model, "position_ids")
+        and not getattr(model, "_is_stateful", False)
+        and _attention(model) in {"sdpa", "eager"}
+        and (not window or length <= window)
+    )
+
+
+def _additive(mask: Tensor, model: nn.Module) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _token_batches(examples: Sequence[Example], order: Sequence[int]) -> list[list[int]]:
+    """Batches of bounded area from an order of growing lengths."""
+    batches: list[list[int]] = []
+    for index in order:
+        if batches and (len(batches[-1]) + 1) * len(examples[index]) <= _EVAL_TOKENS and len(batches[-1]) < 64:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
