@@ -57,12 +57,18 @@ def may_change(user: Person, owner_id: int | None) -> bool:
     return is_staff(user) or (owner_id is not None and user.is_authenticated and owner_id == user.pk)
 
 
-def with_id(rows: QuerySet[Row], value: str) -> Row | None:
-    """The row with an identifier that came from outside, or None. It is only ever compared with rows, never made into a path."""
+def parse_id(value: str) -> uuid.UUID | None:
+    """An identifier as it came from outside, or None when it is none."""
     try:
-        return rows.filter(pk=uuid.UUID(value)).first()
+        return uuid.UUID(value)
     except ValueError:
         return None
+
+
+def with_id(rows: QuerySet[Row], value: str) -> Row | None:
+    """The row with an identifier that came from outside, or None. It is only ever compared with rows, never made into a path."""
+    identifier = parse_id(value)
+    return rows.filter(pk=identifier).first() if identifier else None
 
 
 def _own_or_shared(rows: QuerySet[Shared], user: Person) -> QuerySet[Shared]:
