@@ -174,12 +174,10 @@ def _names(
         if type(module) is nn.Linear and module is not output and name.startswith(prefix) and f"{name}.weight" in known
     }
     inside = {name for name in known if name.startswith(prefix)}
-    heads = {name for name in known - inside if _shape_in(header, name) == shapes[name]}
+    heads = (
+        known - inside if output is not None else set()
+    )  # a classifier belongs to its labels, so it is never part of the base
     return {name: shapes[name] for name in shapes if name in inside | heads}, linears
-
-
-def _shape_in(header: dict[str, TensorInfo], name: str) -> tuple[int, ...] | None:
-    return header[name].shape if name in header else None
 
 
 def _count(info: TensorInfo) -> int:

@@ -35,7 +35,7 @@ def load_config(folder: Path, **changes: Any) -> Any:
 
 
 def load_model(
-    folder: Path, auto_class: str, *, dtype: torch.dtype, config: Any, seed: int
+    folder: Path, auto_class: str, *, dtype: torch.dtype, config: Any, seed: int, renew_heads: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """A model in eval mode on the CPU, and the names of its parameters that the folder has no weights for.
 

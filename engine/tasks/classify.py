@@ -49,7 +49,7 @@ class Classify(Task):
         model, fresh = load_model(
             folder, AUTO_CLASSES[self.name], dtype=dtype, config=config, seed=seed, renew_heads=not same
         )
-        model.fresh_modules = tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
+        object.__setattr__(model, "fresh_modules", tuple(dict.fromkeys(name.rpartition(".")[0] for name in fresh)))
         return model
 
     def load_tokenizer(self, facts: ModelFacts) -> Any:
@@ -179,10 +179,9 @@ class Sorter(Predictor):
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.labels = [
-            label for _, label in sorted((int(place), label) for place, label in model.config.id2label.items())
-        ]  # type: ignore[union-attr, operator]
-        reach = getattr(model.config.get_text_config(), "max_position_embeddings", _LONGEST) or _LONGEST  # type: ignore[union-attr, operator]
+        config: Any = model.config
+        self.labels = [label for _, label in sorted((int(place), label) for place, label in config.id2label.items())]
+        reach = getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST
         self.length = min(int(reach), _LONGEST, int(tokenizer.model_max_length))
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
