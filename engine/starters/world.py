@@ -255,7 +255,7 @@ TRAITS: dict[str, tuple[str, ...]] = {
 # What can be said of a trait once the story is over.
 TRAIT_ENDINGS: dict[str, tuple[str, ...]] = {
     "curious": ("By bedtime {h} already had a new question.",),
-    "patient": ("{h} only smiled. {h.he} had known that waiting would help.",),
+    "patient": ("{h} only smiled. Good things take time.",),
     "brave": ("For the first time, {h} said that {h.he} had been a little afraid.",),
     "shy": ("{h} did not say much, but {h.his} eyes were bright.",),
     "careful": ("Then {h} counted everything twice, just to be sure.",),

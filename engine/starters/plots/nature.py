@@ -388,7 +388,8 @@ def fog(t: Teller) -> None:
     )
     t.ask("What were they looking for?", "They were looking for {goal}.")
     t.say(
-        "Their baskets grew full, and the fog grew [thicker|whiter]. When they looked up, the path was gone.",
+        "While their baskets grew full, a thick white fog came up from the river. When they looked up, the path was "
+        "gone.",
         '"Where did we come from?" asked {f}, [when the baskets were full|after a while]. {h} turned around. There '
         "was [no path|only white fog].",
         "They walked from tree to tree. After an hour, they came to the same [broken tree|big stone] again.",

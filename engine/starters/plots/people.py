@@ -96,7 +96,7 @@ def quarrel(t: Teller) -> None:
     )
     t.ask("What did {h} and {f} find?", "They found {k.a}.")
     t.asks_colour("k")
-    t.may(
+    t.say(
         '"I saw it first!" cried {h}. "But I picked it up!" cried {f}.',
         '"It is mine," said {h}. "No, mine," said {f}. They said it twenty times.',
         "Both of them reached for it at the same moment, and neither would let go.",
@@ -194,7 +194,7 @@ def newcomer(t: Teller) -> None:
         "{h} tried to talk to {f.him} about the weather, about the goat, and about supper. No answer came.",
     )
     t.say(
-        "So {h} sat down beside {f} and said nothing either. [They watched the ants|They sat there for a whole "
+        "{h} sat down beside {f} and said nothing at all. [They watched the ants|They sat there for a whole "
         "hour]. It was not a bad hour.",
         "The next day {h} brought two apples. {h.he} put one between them and ate the other. After a while, the "
         "second apple was gone, too.",

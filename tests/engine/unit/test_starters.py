@@ -17,7 +17,7 @@ from engine.starters import STARTER_DATA, StarterData, dialogues, starter_data, 
 from engine.starters.corpus import MAX_WORDS, MIN_WORDS, told
 from engine.starters.plots import PLOTS
 
-MESSAGES = starter_data("customer_messages").path
+MESSAGES = starter_data("customer-messages").path
 README = MESSAGES.parent / "README.md"
 SAMPLE = 3000
 
@@ -65,6 +65,11 @@ def test_columns_of_the_manifest_exist_in_every_row(data: StarterData) -> None:
         "preferences": {"prompt", "chosen", "rejected"},
     }
     assert set(data.columns) == roles[data.shape]
+
+
+def test_names_fit_into_the_source_of_a_recipe() -> None:
+    # A recipe says "starter:NAME"; names are written like every other slug of the project.
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]*", name) for name in STARTER_DATA)
 
 
 def test_an_unknown_name_is_answered_with_the_names_that_exist() -> None:
@@ -123,7 +128,7 @@ def test_noisy_messages_hold_words_that_no_clean_message_has() -> None:
 
 
 def test_instructions_are_valid_conversations_and_differ() -> None:
-    rows = read_jsonl(starter_data("village_instructions").path)
+    rows = read_jsonl(starter_data("village-instructions").path)
     assert len(rows) >= 200
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
@@ -131,7 +136,7 @@ def test_instructions_are_valid_conversations_and_differ() -> None:
     assert len({row["messages"][0]["content"] + row["messages"][1]["content"] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("name, share", [("village_instructions", 0.97), ("village_preferences", 0.95)])
+@pytest.mark.parametrize("name, share", [("village-instructions", 0.97), ("village-preferences", 0.95)])
 def test_village_rows_keep_to_the_words_of_the_corpus(name: str, share: float, vocabulary: set[str]) -> None:
     rows = read_jsonl(starter_data(name).path)
     texts = (
@@ -144,7 +149,7 @@ def test_village_rows_keep_to_the_words_of_the_corpus(name: str, share: float, v
 
 
 def test_preferences_differ_and_length_does_not_give_the_better_one_away() -> None:
-    rows = read_jsonl(starter_data("village_preferences").path)
+    rows = read_jsonl(starter_data("village-preferences").path)
     assert len(rows) >= 120
     assert all(row["chosen"] and row["rejected"] and row["chosen"] != row["rejected"] for row in rows)
     assert len({row["prompt"] for row in rows}) == len(rows)
