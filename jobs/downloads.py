@@ -89,7 +89,7 @@ def artifact_response(request: HttpRequest, artifact: Artifact, form: str) -> Ht
             "no_such_form",
         )
     path = zipped(artifact, form)
-    etag = hashlib.sha256(f"{artifact.content_id} {form} {path.stat().st_size}".encode()).hexdigest()[:32]
+    etag = hashlib.sha256(f"{path.name} {path.stat().st_size}".encode()).hexdigest()[:32]
     return file_response(
         request, path, name=f"{file_stem(artifact.job)}-{form}.zip", etag=etag, content_type="application/zip"
     )
@@ -191,7 +191,7 @@ def _csv_line(cells: tuple[Any, ...]) -> bytes:
 
 def _span(request: HttpRequest, size: int, etag: str) -> tuple[int, int] | str:
     """The bytes asked for: (first, last), "outside" the file, or "whole" when the request does not ask for one plain range."""
-    asked = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", request.headers.get("Range", ""))
+    asked = re.fullmatch(r"bytes=([0-9]{0,19})-([0-9]{0,19})", request.headers.get("Range", ""))
     if asked is None or asked.groups() == ("", "") or request.headers.get("If-Range", etag) != etag:
         return "whole"
     first, last = asked.groups()

@@ -25,7 +25,9 @@ class StrictParser(Parser):
 
     def parse_body(self, request: HttpRequest) -> dict[str, Any]:
         try:
-            data = json.loads(request.body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_once)
+            data = json.loads(
+                request.body.decode("utf-8"), parse_constant=_refuse_constant, parse_int=_whole, object_pairs_hook=_once
+            )
             _check(data, MAX_DEPTH)
         except UnicodeDecodeError:
             raise Unreadable("It is not UTF-8.") from None
@@ -70,6 +72,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"It contains {name}, which JSON does not have.")
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= 2**63:
+        raise ValueError("It contains a whole number with more than 63 bits.")
+    return int(digits)
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -92,5 +100,3 @@ def _check(value: Any, depth: int) -> None:
             raise ValueError("It contains a character that cannot be stored: U+0000 or half a pair.")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("It contains a number that is too large to be stored.")
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("It contains a whole number with more than 63 bits.")

@@ -57,7 +57,10 @@ class Api(NinjaAPI):
 
 def _explained(view: Any) -> Any:
     def explained(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
-        return problems.explain_method(view(request, *args, **kwargs), request.method)
+        try:
+            return problems.explain_method(view(request, *args, **kwargs), request.method)
+        except Http404 as error:  # the bare /api/v1/, which ninja answers outside of its own handlers
+            return problems.handle(request, error)
 
     explained.csrf_exempt = True  # type: ignore[attr-defined]  # PageAuth checks it, because programs with a token need none
     return explained
