@@ -19,6 +19,7 @@ from engine.core.control import Control, write_json
 from engine.core.errors import EngineError, Fault, Reason, RecipeError
 from engine.core.events import EventLog
 from engine.core.recipe import Recipe, parse_recipe
+from engine.io.datasets import read_rows
 from engine.ops.check import Checked, require
 from engine.tasks import task as task_named
 from engine.train import checkpoint
@@ -95,7 +96,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> 
     device = torch.device(facts.machine.device)
     task = task_named(recipe.task)
     tokenizer = task.load_tokenizer(facts.model)
-    encoded = task.encode(list(task.rows(facts.data)), tokenizer, recipe, facts.data)
+    encoded = task.encode(list(read_rows(facts.data)), tokenizer, recipe, facts.data)
     for note in encoded.notes:
         log.emit("log", {"level": "warning", "message": note})
     seed_everything(settings.seed)

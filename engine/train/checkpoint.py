@@ -95,7 +95,9 @@ def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
         try:
             return load(path), complaints
         except DamagedFile as error:
-            complaints.append(f"{error} It was set aside and the one before is used.")
+            complaints.append(
+                f"The checkpoint {path.name} is damaged and was set aside; the one before is used. {error}"
+            )
             path.rename(path.with_name(f"damaged-{path.name}"))
     return None, complaints
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -184,32 +184,22 @@ _FORM_HELP = {
 
 
 def certify_in_clean_process(folder: Path) -> dict[str, Any]:
-    """Let a process that never saw the run load the export: a fork of the resident service, or of a fresh fork server."""
+    """Let a process that never saw the run load the export: a fork of the resident service, or a fresh interpreter."""
     path = folder / "certificate.json"
     service = os.environ.get("BONSAI_ENGINE_SOCKET")
     try:
         if service and Path(service).exists():
             Engine(service, timeout=1800).call("certify", artifact=str(folder))
         else:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["engine.train.certificate"])
-            process = context.Process(target=_certify, args=(str(folder),))
-            process.start()
-            process.join(1800)
-            if process.is_alive():
-                process.kill()
-    except (EngineError, OSError) as error:
+            command = [sys.executable, "-m", "engine", "certify", str(folder)]
+            subprocess.run(command, cwd=Path(__file__).parents[2], stdout=sys.stderr, timeout=1800, check=False)
+    except (EngineError, OSError, subprocess.TimeoutExpired) as error:
         print(f"The certificate could not be made: {error}", file=sys.stderr)
     if not path.exists():
-        write_json(path, {"ok": False, "forms": [], "sentence": "The export could not be loaded in a clean process."})
+        sentence = "The export could not be loaded in a clean process."
+        write_json(path, {"ok": False, "forms": [], "sentence": sentence})
     certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return certificate
-
-
-def _certify(folder: str) -> None:
-    from engine.train.certificate import certify
-
-    certify(Path(folder))
 
 
 def load_predictor(folder: Path) -> Predictor:

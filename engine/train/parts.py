@@ -56,6 +56,7 @@ MOMENTS: tuple[Moment, ...] = (
     Moment(
         slot=Slot.UPDATE_RULE, hook="update", when="once a step: owns everything from the loss to the optimizer step"
     ),
+    Moment(slot=Slot.OBJECTIVE, hook="weight", when="for every micro-batch, before the first of them is computed"),
     Moment(slot=Slot.OBJECTIVE, hook="loss", when="for every micro-batch"),
     Moment(slot=Slot.LOSS_TERM, hook="term", when="for every micro-batch, after the objective"),
     Moment(
