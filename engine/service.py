@@ -118,7 +118,7 @@ FORKED: dict[str, Callable[[Answer], Answer]] = {
 def answer(request: Any) -> Answer:
     """Answer one request in this process, faults included."""
     try:
-        name = request.get("call") if isinstance(request, dict) else None
+        name = str(request.get("call")) if isinstance(request, dict) else ""
         handler = HERE.get(name) or FORKED.get(name)
         if handler is None:
             raise EngineError(

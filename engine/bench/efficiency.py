@@ -42,7 +42,7 @@ def _adapters(bench: Workbench) -> list[Section]:
     sections = []
     for title, shape in SHAPES.items():
         model = f"folder:{random_llama(bench.folder, **shape)}"  # type: ignore[arg-type]
-        settings = {
+        settings: dict[str, Any] = {
             "learning_rate": 1e-4,
             "epochs": 50,
             "batch_size": BATCH,
@@ -170,7 +170,7 @@ def _loop(bench: Workbench) -> Section:
     tokens = int(micro[0]["num_tokens"])
     ours, theirs = [], []
     for _ in range(5):
-        ours.append(_timed(lambda: [step(run, micro) for _ in range(12)]) / 12)
+        ours.append(_timed(lambda: _repeat(run, micro, 12)) / 12)
         theirs.append(trainer(12))
     section = Section(
         title="What the loop costs",
@@ -286,6 +286,11 @@ def _trainer_steps(folder: str, batch: dict[str, Tensor]) -> Callable[[int], flo
         return (watch.end - watch.start) / count
 
     return steps
+
+
+def _repeat(run: Run, micro: list[dict[str, Tensor]], count: int) -> None:
+    for _ in range(count):
+        step(run, micro)
 
 
 def _timed(action: Callable[[], Any]) -> float:

@@ -70,7 +70,7 @@ def _fault(item: Any, prefix: str, model: type[BaseModel]) -> Fault:
     given, kind, ctx = item.get("input"), item["type"], item.get("ctx", {})
     field = model.model_fields.get(str(item["loc"][0])) if item["loc"] else None
     extra = field.json_schema_extra if field is not None and isinstance(field.json_schema_extra, dict) else {}
-    span = f"Choose a value from {extra['low']:g} to {extra['high']:g}." if {"low", "high"} <= extra.keys() else ""  # type: ignore[str-format]
+    span = f"Choose a value from {extra['low']:g} to {extra['high']:g}." if {"low", "high"} <= extra.keys() else ""
     shown = _shown(given)
     if kind == "extra_forbidden":
         known = ", ".join(model.model_fields)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -126,7 +126,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> 
     if settings.precision == "bf16":
         halve_frozen(model)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     for part in slots.parametrizations:
         part.sync(model)
     optimizer = slots.optimizer.build(trainables, settings.learning_rate or 0.0)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def load_predictor(folder: Path) -> Predictor:
 
 def data_facts_of(description: dict[str, Any]) -> DataFacts:
     """The data facts that an artifact remembers."""
-    data = {
+    data: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in description["data"].items()
         if key in DataFacts.__dataclass_fields__
@@ -259,7 +260,7 @@ def build_slots(recipe: Recipe, facts: Any, task: Task) -> tuple[Composition, An
 
     composition, faults = compose(recipe)
     refuse(faults)
-    built = {}
+    built: dict[int, Sequence[Any]] = {}
     for place, chosen in enumerate(composition.chosen):
         ctx = PartContext(
             recipe=recipe, facts=facts, task=task, slug=chosen.slug, index=-1 if chosen.index is None else chosen.index
