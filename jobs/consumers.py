@@ -94,3 +94,10 @@ class JobConsumer(AsyncWebsocketConsumer):
             return False
         fresh = get_user_model().objects.filter(pk=user.pk, is_active=True).first()
         return fresh is not None and jobs_for(fresh).filter(pk=self.job_id).exists()
+
+
+class Nowhere(AsyncWebsocketConsumer):
+    """Refuses a socket at any other address."""
+
+    async def connect(self) -> None:
+        await self.close()

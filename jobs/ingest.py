@@ -62,6 +62,8 @@ class Ingester:
                         Job.objects.filter(pk=self.job_id, lease_epoch=self.epoch).update(log_offset=size)
                     file.seek(self.offset)
                     raw = file.read(BATCH_BYTES)
+                    if b"\n" not in raw:
+                        raw += file.readline()  # one very long line
             except FileNotFoundError:
                 return total
             end = raw.rfind(b"\n") + 1
