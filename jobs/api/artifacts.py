@@ -82,7 +82,10 @@ def download_artifact(request: HttpRequest, artifact_id: uuid.UUID, form: str) -
 def predict(request: HttpRequest, artifact_id: uuid.UUID, payload: PredictIn) -> Any:
     """Texts, or conversations as lists of {role, content}; the answers come in the same order."""
     row = _visible(request, artifact_id)
-    size = sum(_chars(item) for item in payload.inputs)
+    asked = payload.model_dump(exclude_none=True)
+    size = sum(
+        len(item) if isinstance(item, str) else sum(len(turn["content"]) for turn in item) for item in asked["inputs"]
+    )
     if size > MAX_INPUT_CHARS:
         raise refuse(
             413,
@@ -100,9 +103,7 @@ def predict(request: HttpRequest, artifact_id: uuid.UUID, payload: PredictIn) ->
             "They were deleted from the server's disk.",
             "Run the job again; the recipe is kept.",
         )
-    return engine(timeout=PREDICT_SECONDS).call(
-        "predict", artifact=row.folder, inputs=payload.inputs, options=payload.options
-    )
+    return engine(timeout=PREDICT_SECONDS).call("predict", artifact=row.folder, **asked)
 
 
 def _visible(request: HttpRequest, artifact_id: uuid.UUID) -> Artifact:
@@ -110,9 +111,3 @@ def _visible(request: HttpRequest, artifact_id: uuid.UUID) -> Artifact:
     if row is None:
         raise Problem(404, NOT_FOUND)
     return row
-
-
-def _chars(item: Any) -> int:
-    if isinstance(item, dict):
-        return sum(_chars(value) for value in item.values())
-    return sum(_chars(part) for part in item) if isinstance(item, list) else len(str(item))

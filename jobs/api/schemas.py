@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from ninja import Schema
 from pydantic import ConfigDict, Field
@@ -233,15 +233,33 @@ class ArtifactList(PageInfo):
     items: list[ArtifactOut]
 
 
+class Turn(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class PredictOptions(Strict):
+    """How to answer; what does not concern the model's task is left aside."""
+
+    top: int | None = Field(default=None, ge=1, le=1000, description="Sorting: how many labels to list.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, le=4096, description="Language models: how long the answer may be."
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=10, description="Language models: 0 always gives the likeliest answer."
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**31, description="Language models: the same seed gives the same answer."
+    )
+
+
 class PredictIn(Strict):
     """What to ask a trained model."""
 
-    inputs: list[Any] = Field(
-        min_length=1, max_length=64, description="Texts, or conversations as lists of {role, content}."
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="For language models: max_new_tokens, temperature …"
-    )
+    inputs: list[str | list[Turn]] = Field(min_length=1, max_length=64, description="Texts, or conversations.")
+    options: PredictOptions = PredictOptions()
 
 
 class PredictOut(Schema):
