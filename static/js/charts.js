@@ -1,0 +1,329 @@
+// Curves of a run: a store of everything that was received, and a chart that draws it. Knows nothing of where events come from.
+
+const DRAW_EVERY_MS = 250;
+const MOST_DRAWN = 2400;
+export const MOST_KEPT = 24000;
+
+function column() {
+  return { step: [], samples: [], seconds: [], value: [] };
+}
+
+function push(target, step, samples, seconds, value) {
+  target.step.push(step);
+  target.samples.push(samples);
+  target.seconds.push(seconds);
+  target.value.push(value);
+}
+
+/** Every point of a run: loss, held-out loss and gradient norm over steps, examples and seconds; and what the watchers said. */
+export class Curves {
+  constructor() {
+    this.clear();
+  }
+
+  clear() {
+    this.loss = column();
+    this.norm = column();
+    this.held = column();
+    this.signals = [];
+    this.lastStep = -1;
+  }
+
+  get length() {
+    return this.loss.step.length;
+  }
+
+  /** The thinned-out series of the server, which replaces everything. */
+  read(series) {
+    this.clear();
+    const curves = series.curves;
+    if (curves.loss) this.loss = copy(curves.loss);
+    if (curves.grad_norm) this.norm = copy(curves.grad_norm);
+    if (curves.eval_loss) this.held = copy(curves.eval_loss);
+    for (const signal of series.signals) this.addSignal(signal.step, signal);
+    this.lastStep = this.loss.step.at(-1) ?? -1;
+  }
+
+  /** One numbered event; answers whether a curve has changed. */
+  add(event) {
+    if (event.kind === "metric") return this.addRows(event.data.rows);
+    if (event.kind === "evaluation") return this.addMeasurement(event.step, event.data);
+    if (event.kind === "signal") return this.addSignal(event.step, event.data);
+    return false;
+  }
+
+  addRows(rows) {
+    for (const row of rows) {
+      if (row.step <= this.lastStep) continue; // repeated after the log lost its end
+      this.lastStep = row.step;
+      push(this.loss, row.step, row.samples, row.seconds, row.loss);
+      push(this.norm, row.step, row.samples, row.seconds, row.grad_norm);
+    }
+    return true;
+  }
+
+  addMeasurement(step, data) {
+    push(this.held, step, data.samples ?? 0, this.secondsAt(step), data.eval_loss ?? null);
+    return true;
+  }
+
+  addSignal(step, data) {
+    const place = Math.max(0, this.loss.step.findLastIndex((known) => known <= step));
+    const samples = data.samples ?? this.loss.samples[place] ?? 0;
+    this.signals.push({ step, samples, seconds: this.secondsAt(step), action: data.action, message: data.message });
+    return true;
+  }
+
+  secondsAt(step) {
+    const place = this.loss.step.findLastIndex((known) => known <= step);
+    return place < 0 ? 0 : this.loss.seconds[place];
+  }
+}
+
+function copy(curve) {
+  return { step: [...curve.step], samples: [...curve.samples], seconds: [...curve.seconds], value: [...curve.value] };
+}
+
+/** Exponential moving average, corrected for its start; a missing value stays a hole. */
+export function smoothed(values, weight) {
+  if (!weight) return values;
+  let mean = 0;
+  let mass = 0;
+  return values.map((value) => {
+    if (value === null) return null;
+    mean = weight * mean + (1 - weight) * value;
+    mass = weight * mass + (1 - weight);
+    return mean / mass;
+  });
+}
+
+/** Which points to draw: of each bucket the least, the greatest and the last, so that every spike stays. */
+export function thinned(values, from, to, most) {
+  const num = to - from;
+  if (num <= most) return Array.from({ length: num }, (_, place) => from + place);
+  const buckets = Math.floor(most / 3);
+  const chosen = [];
+  for (let bucket = 0; bucket < buckets; bucket += 1) {
+    const start = from + Math.floor((num * bucket) / buckets);
+    const end = from + Math.floor((num * (bucket + 1)) / buckets);
+    let low = start;
+    let high = start;
+    for (let place = start; place < end; place += 1) {
+      if (values[place] < values[low]) low = place;
+      if (values[place] > values[high]) high = place;
+    }
+    chosen.push(...new Set([Math.min(low, high), Math.max(low, high), end - 1]));
+  }
+  return chosen;
+}
+
+export function spoken(value) {
+  if (value === null || value === undefined) return "–";
+  if (Math.abs(value) >= 100) return Math.round(value).toLocaleString("en-US");
+  if (value !== 0 && Math.abs(value) < 0.001) return value.toExponential(1);
+  return value.toFixed(3);
+}
+
+function lines(text, width = 46) {
+  const rows = [""];
+  for (const word of text.split(/\s+/)) {
+    if (rows.at(-1) && rows.at(-1).length + word.length > width) rows.push("");
+    rows[rows.length - 1] += (rows.at(-1) ? " " : "") + word;
+  }
+  // Plotly reads tags and entities in labels; what a watcher says may quote somebody's data.
+  return rows.map((row) => row.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;")).join("<br>");
+}
+
+const SIGNAL_COLOURS = { note: "ink-3", save: "ink-3", warn: "amber-ink", stop: "red-ink" };
+const SIGNAL_WORDS = { note: "Note", save: "Saved", warn: "Warning", stop: "Stopped" };
+
+/** The chart of one run: loss and held-out loss above, gradient norm below, over one axis. */
+export class RunChart {
+  constructor(place, curves, { window, totalSteps, ended }) {
+    Object.assign(this, { place, curves, window, totalSteps, ended });
+    this.axis = "samples";
+    this.smoothing = 0.8;
+    this.log = false;
+    this.zoom = 0; // raised to forget what was zoomed
+    this.drawn = 0;
+    this.timer = null;
+    this.zoomed = false;
+    this.onread = () => {};
+    this.onzoom = () => {};
+    document.addEventListener("bonsai:theme", () => this.request(true));
+  }
+
+  set(change) {
+    Object.assign(this, change);
+    if (change.axis) this.whole();
+    else this.request(true);
+  }
+
+  /** Forget what was zoomed and show everything. */
+  whole() {
+    this.zoom += 1;
+    this.showZoom(false);
+    this.request(true);
+  }
+
+  showZoom(zoomed) {
+    this.zoomed = zoomed;
+    this.onzoom(zoomed);
+  }
+
+  /** Draw soon, and never more often than four times a second. */
+  request(now = false) {
+    if (now) {
+      clearTimeout(this.timer);
+      this.timer = null;
+      this.draw();
+    } else if (this.timer === null) {
+      this.timer = setTimeout(() => { this.timer = null; this.draw(); }, Math.max(0, this.drawn + DRAW_EVERY_MS - performance.now()));
+    }
+  }
+
+  draw() {
+    if (!this.curves.length && !this.curves.held.step.length) return;
+    this.drawn = performance.now();
+    const first = this.place.querySelector(".js-plotly-plot, .main-svg") === null;
+    if (first) this.place.replaceChildren();
+    const drawing = Plotly.react(this.place, this.traces(), this.layout(), { responsive: true, displayModeBar: false, doubleClick: false });
+    if (first) drawing.then(() => this.listen());
+  }
+
+  listen() {
+    this.place.on("plotly_hover", (event) => {
+      const point = event.points.find((each) => each.data.meta !== "flag");
+      if (point) this.onread(this.valuesAt(point.x));
+    });
+    this.place.on("plotly_unhover", () => this.onread(null));
+    this.place.on("plotly_relayout", (change) => { if ("xaxis.range[0]" in change) { this.showZoom(true); this.request(); } });
+    this.place.on("plotly_doubleclick", () => this.whole());
+  }
+
+  /** What the readouts say for a place on the axis. */
+  valuesAt(x) {
+    const scaled = x * this.unit().size;
+    const at = (curve) => {
+      const axis = curve[this.axis];
+      let best = -1;
+      for (let place = 0; place < axis.length; place += 1) {
+        if (best < 0 || Math.abs(axis[place] - scaled) < Math.abs(axis[best] - scaled)) best = place;
+      }
+      return best < 0 ? null : curve.value[best];
+    };
+    return { x: `${spokenAxis(x)} ${this.unit().word}`, loss: at(this.curves.loss), held: at(this.curves.held), norm: at(this.curves.norm) };
+  }
+
+  unit() {
+    if (this.axis === "step") return { size: 1, word: "steps" };
+    if (this.axis === "samples") return { size: 1, word: "examples" };
+    const seconds = Math.max(this.curves.loss.seconds.at(-1) ?? 0, 1);
+    if (seconds > 7200) return { size: 3600, word: "hours" };
+    return seconds > 180 ? { size: 60, word: "minutes" } : { size: 1, word: "seconds" };
+  }
+
+  /** Where the axis ends: the plan, opened in five stages, so that a young curve is large and the axis still rests. */
+  end() {
+    const { loss } = this.curves;
+    const last = loss[this.axis].at(-1) ?? 1;
+    const done = loss.step.at(-1) ?? 1;
+    if (this.ended || !this.totalSteps || done >= this.totalSteps) return last;
+    const plan = (last / Math.max(done, 1)) * this.totalSteps;
+    const stage = [0.2, 0.4, 0.6, 0.8].find((share) => done <= 0.85 * share * this.totalSteps) ?? 1;
+    return plan * stage;
+  }
+
+  planned() {
+    const { loss } = this.curves;
+    const done = loss.step.at(-1);
+    return done ? (loss[this.axis].at(-1) / done) * Math.max(this.totalSteps, done) : 0;
+  }
+
+  range(curve) {
+    const shown = this.place.layout?.xaxis?.range;
+    const axis = curve[this.axis];
+    if (!shown || !this.zoomed) return [0, axis.length];
+    const size = this.unit().size;
+    const from = axis.findIndex((value) => value / size >= shown[0]);
+    const to = axis.findLastIndex((value) => value / size <= shown[1]);
+    return from < 0 || to < from ? [0, axis.length] : [Math.max(0, from - 1), Math.min(axis.length, to + 2)];
+  }
+
+  line(curve, values, style) {
+    const size = this.unit().size;
+    const places = thinned(values, ...this.range(curve), MOST_DRAWN);
+    return {
+      type: "scatter", mode: "lines", hoverinfo: "none", connectgaps: false,
+      x: places.map((place) => curve[this.axis][place] / size), y: places.map((place) => values[place]), ...style,
+    };
+  }
+
+  traces() {
+    const { loss, norm, held, signals } = this.curves;
+    const colour = (token) => bonsai.colour(token);
+    const green = colour("chart-1");
+    const blue = colour("chart-2");
+    const pink = colour("chart-4");
+    const soft = this.smoothing > 0 ? 0.3 : 1;
+    const size = this.unit().size;
+    const raw = (hue) => ({ line: { color: hue, width: this.smoothing > 0 ? 1 : 1.75 }, opacity: soft });
+    const traces = [this.line(loss, loss.value, raw(green)), this.line(norm, norm.value, { ...raw(pink), yaxis: "y2" })];
+    if (this.smoothing > 0) {
+      const calm = smoothed(loss.value, this.smoothing);
+      traces.push(this.line(loss, calm, { line: { color: green, width: 2.5, shape: "linear" } }));
+      traces.push(this.line(norm, smoothed(norm.value, this.smoothing), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
+      if (!this.ended && calm.length) {
+        traces.push({ type: "scatter", mode: "markers", hoverinfo: "none", cliponaxis: false, x: [loss[this.axis].at(-1) / size], y: [calm.at(-1)],
+          marker: { color: green, size: 9, line: { color: colour("surface"), width: 2 } } });
+      }
+    }
+    const best = held.value.length < 2 ? -1 : held.value.reduce((least, value, place) => (value !== null && (least < 0 || value < held.value[least]) ? place : least), -1);
+    traces.push({
+      ...this.line(held, held.value, { mode: "lines+markers", cliponaxis: false, line: { color: blue, width: 2, dash: "6px,3px" } }),
+      marker: { color: held.value.map((_, place) => (place === best ? blue : colour("surface"))), size: held.value.map((_, place) => (place === best ? 11 : 7)),
+        symbol: held.value.map((_, place) => (place === best ? "diamond" : "circle")), line: { color: blue, width: 2 } },
+    });
+    traces.push({
+      type: "scatter", mode: "markers", meta: "flag", yaxis: "y3", cliponaxis: false, hoverinfo: "text",
+      x: signals.map((signal) => signal[this.axis] / size), y: signals.map(() => 0.985),
+      text: signals.map((signal) => `<b>${SIGNAL_WORDS[signal.action] ?? "Note"}</b><br>${lines(signal.message)}`),
+      marker: { symbol: "triangle-right", size: 13, color: signals.map((signal) => colour(SIGNAL_COLOURS[signal.action] ?? "ink-3")) },
+      hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("edge"), align: "left", font: { color: colour("ink"), size: 13 } },
+    });
+    return traces;
+  }
+
+  layout() {
+    const colour = (token) => bonsai.colour(token);
+    const narrow = this.place.clientWidth < 520;
+    const unit = this.unit();
+    const grid = { gridcolor: colour("line"), zeroline: false, fixedrange: true, nticks: 5, tickfont: { color: colour("ink-3") }, ticklabelstandoff: 4 };
+    const pole = (signal) => ({
+      type: "line", xref: "x", yref: "paper", x0: signal[this.axis] / unit.size, x1: signal[this.axis] / unit.size, y0: 0, y1: 1, layer: "below",
+      line: { color: colour(SIGNAL_COLOURS[signal.action] ?? "ink-3"), width: 1, dash: "2px,3px" }, opacity: 0.75,
+    });
+    const edge = (this.planned() * this.window) / unit.size;
+    const band = { type: "rect", xref: "x", yref: "paper", x0: 0, x1: edge, y0: 0, y1: 1, layer: "below", line: { width: 0 }, fillcolor: colour("ink"), opacity: 0.045 };
+    const label = (text, y) => ({ text, x: 0, xref: "paper", y, yref: "paper", xanchor: "left", yanchor: "bottom", showarrow: false, font: { color: colour("ink-3"), size: 12 } });
+    return {
+      autosize: true, showlegend: false, uirevision: `${this.axis}-${this.zoom}`, hovermode: "x", hoverdistance: -1, spikedistance: -1,
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", selectdirection: "h",
+      margin: { l: narrow ? 38 : 46, r: 14, t: 22, b: 40, pad: 0 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink-3") },
+      xaxis: { range: [0, this.end() / unit.size], anchor: "y2", gridcolor: "rgba(0,0,0,0)", zeroline: false, nticks: narrow ? 4 : 8, ticks: "outside", ticklen: 4,
+        tickcolor: colour("line"), linecolor: colour("line"), showline: true, separatethousands: true, rangemode: "nonnegative",
+        title: { text: unit.word, font: { color: colour("ink-3"), size: 12 }, standoff: 8 },
+        showspikes: true, spikemode: "across", spikesnap: "hovered data", spikethickness: 1, spikedash: "solid", spikecolor: colour("edge") },
+      yaxis: { ...grid, domain: [0.37, 1], type: this.log ? "log" : "linear", ...(this.log ? { dtick: "D2", nticks: undefined } : { rangemode: "tozero" }) },
+      yaxis2: { ...grid, domain: [0, 0.27], nticks: 3, type: this.log ? "log" : "linear", ...(this.log ? {} : { rangemode: "tozero" }) },
+      yaxis3: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+      annotations: [label("Loss", 1.005), label("Gradient norm", 0.275)],
+      shapes: edge > 0 ? [band, ...this.curves.signals.map(pole)] : this.curves.signals.map(pole),
+    };
+  }
+}
+
+function spokenAxis(x) {
+  return x >= 100 ? Math.round(x).toLocaleString("en-US") : x.toFixed(x >= 10 || Number.isInteger(x) ? 0 : 1);
+}

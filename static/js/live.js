@@ -1,0 +1,298 @@
+// The page of a run while it runs: events arrive by socket, or by asking every two seconds; curves and sentences follow.
+import { Curves, MOST_KEPT, RunChart, spoken } from "./charts.js";
+
+const POLL_MS = 2000;
+const REFRESH_MS = 1200;
+const LAST_WORDS = ["succeeded", "failed", "cancelled"];
+const CLOSED_FOR_GOOD = [4403, 4404];
+
+/** Numbered events without a hole. Goes on from the last number it saw, whatever happens to the connection. */
+class Feed {
+  constructor({ socket, events, series, onEvents, onSeries, onState }) {
+    Object.assign(this, { socket, events, series, onEvents, onSeries, onState });
+    this.last = 0;
+    this.tries = 0;
+    this.link = null;
+    this.polling = null;
+    this.asking = null;
+    this.syncing = false;
+    this.stopped = false;
+    addEventListener("online", () => this.retry());
+    document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible") this.retry(); });
+  }
+
+  async start() {
+    this.poll(); // until the socket is open
+    await this.resync();
+    this.connect();
+  }
+
+  stop() {
+    this.stopped = true;
+    clearInterval(this.polling);
+    clearTimeout(this.timer);
+    this.link?.close();
+    this.onState("over");
+  }
+
+  connect() {
+    if (this.stopped || this.link) return;
+    const address = new URL(this.socket, location.href);
+    address.protocol = address.protocol.replace("http", "ws");
+    address.searchParams.set("after", this.last);
+    const link = new WebSocket(address);
+    this.link = link;
+    link.onopen = () => { this.tries = 0; this.rest(); this.onState("live"); };
+    link.onmessage = (message) => this.hear(JSON.parse(message.data));
+    link.onclose = (event) => {
+      this.link = null;
+      if (this.stopped) return;
+      if (CLOSED_FOR_GOOD.includes(event.code)) { this.stop(); this.onState("gone"); return; }
+      this.poll();
+      const wait = Math.min(15000, 500 * 2 ** this.tries) * (0.75 + Math.random() / 2);
+      this.tries += 1;
+      this.timer = setTimeout(() => this.connect(), wait);
+    };
+  }
+
+  /** The tab is back, or the network: do not wait for the next try. */
+  retry() {
+    if (this.stopped || this.link) return;
+    clearTimeout(this.timer);
+    this.tries = 0;
+    this.connect();
+  }
+
+  poll() {
+    if (this.polling || this.stopped) return;
+    this.polling = setInterval(() => this.ask(), POLL_MS);
+    this.onState("polling");
+  }
+
+  rest() {
+    clearInterval(this.polling);
+    this.polling = null;
+  }
+
+  hear(message) {
+    if (message.type === "resync") this.resync();
+    else this.take(message.events);
+  }
+
+  /** Take events in order; a gap is closed by asking for what is missing. */
+  take(events) {
+    if (this.syncing) return; // asked for again once it is known where to go on
+    const fresh = events.filter((event) => event.seq > this.last);
+    const row = fresh.findIndex((event, place) => event.seq !== this.last + 1 + place);
+    const whole = row < 0 ? fresh : fresh.slice(0, row);
+    if (whole.length) {
+      this.last = whole.at(-1).seq;
+      this.onEvents(whole);
+    }
+    if (row >= 0) this.ask();
+  }
+
+  /** Ask for everything after the last number, once at a time. */
+  ask() {
+    if (this.syncing) return null;
+    this.asking ??= this.askOn().finally(() => { this.asking = null; });
+    return this.asking;
+  }
+
+  async askOn() {
+    try {
+      for (;;) {
+        const answer = await this.get(`${this.events}?after=${this.last}&limit=1000`);
+        if (!answer) return;
+        if (answer.resync) { await this.resync(); return; }
+        const before = this.last;
+        this.take(answer.events);
+        if (this.link === null) this.onState("polling");
+        if (this.last === before || this.last >= answer.last_seq) return;
+      }
+    } catch {
+      this.onState("offline"); // the next look tries again
+    }
+  }
+
+  /** Read the thinned-out curves anew and go on from where they end. */
+  async resync() {
+    if (this.syncing) return;
+    this.syncing = true;
+    try {
+      const series = await this.get(this.series);
+      if (!series) return;
+      this.last = series.last_seq;
+      this.onSeries(series);
+    } catch {
+      this.onState("offline");
+    } finally {
+      this.syncing = false;
+    }
+  }
+
+  async get(address) {
+    const response = await fetch(address, { headers: { Accept: "application/json" } });
+    if (response.ok) return response.json();
+    if ([401, 403, 404].includes(response.status)) { this.stop(); this.onState(response.status === 401 ? "signed-out" : "gone"); return null; }
+    throw new Error(`The studio answered ${response.status}.`);
+  }
+}
+
+/** The sentences of the page. The server writes them, so that there is one truth; only what has changed is replaced. */
+class Parts {
+  constructor(root, address) {
+    Object.assign(this, { root, address });
+    this.timer = null;
+    this.shown = 0;
+    this.milestone = root.dataset.milestone;
+    document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible" && this.late) this.refresh(); });
+  }
+
+  refresh() {
+    this.late = document.visibilityState !== "visible";
+    if (this.late || this.timer !== null) return;
+    this.timer = setTimeout(() => this.load(), Math.max(0, this.shown + REFRESH_MS - performance.now()));
+  }
+
+  async load() {
+    try {
+      const response = await fetch(this.address, { headers: { Accept: "text/html" } });
+      if (response.ok && !response.redirected) this.show(await response.text());
+    } catch { /* The line beside the curve says that the studio does not answer. */ } finally {
+      this.shown = performance.now();
+      this.timer = null;
+    }
+  }
+
+  show(html) {
+    const fresh = new DOMParser().parseFromString(html, "text/html");
+    const state = fresh.querySelector("[data-run-state]").dataset;
+    document.title = state.title;
+    for (const part of fresh.querySelectorAll("[data-part]")) {
+      const old = this.root.querySelector(`[data-part="${part.dataset.part}"]`);
+      if (!old || old.dataset.key === part.dataset.key) continue;
+      const focused = old.contains(document.activeElement) ? document.activeElement.id : "";
+      if (old.querySelector("dialog[open]") && old.dataset.steady === part.dataset.steady) continue; // somebody is reading it
+      const open = [...old.querySelectorAll("details[open][id]")].map((fold) => fold.id);
+      old.replaceWith(part);
+      for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+      if (focused) document.getElementById(focused)?.focus();
+    }
+    if (state.milestone !== this.milestone) {
+      this.milestone = state.milestone;
+      bonsai.announce(state.says);
+    }
+    this.root.dataset.status = state.status;
+  }
+}
+
+const CONNECTION = {
+  live: ["live", "Live"],
+  polling: ["slow", "Looking every two seconds"],
+  offline: ["off", "The studio does not answer. The run goes on without this page; trying again."],
+  over: ["over", ""],
+  gone: ["off", "This run can no longer be followed here. Reload the page to see why."],
+  "signed-out": ["off", "You were signed out. Reload the page to sign in again; the run goes on."],
+};
+
+function showConnection(state) {
+  const line = document.getElementById("connection");
+  const [kind, text] = CONNECTION[state];
+  line.dataset.kind = kind;
+  line.querySelector("span").textContent = text;
+}
+
+function showProgress(root, { done_steps: done, total_steps: total }) {
+  const bar = root.querySelector("progress");
+  if (!bar || !total) return;
+  bar.max = total;
+  bar.value = done;
+  const percent = done >= total ? 100 : Math.floor((100 * done) / total);
+  const word = root.querySelector("[data-percent]");
+  if (word) word.textContent = `${percent} %`;
+  document.title = document.title.replace(/^\d+ %/, `${percent} %`);
+}
+
+function showReadouts(figure, values) {
+  for (const [name, value] of Object.entries({ loss: values.loss, held: values.held, norm: values.norm })) {
+    figure.querySelector(`[data-readout="${name}"]`).textContent = spoken(value);
+  }
+  figure.querySelector("[data-readout-at]").textContent = values.x ? `at ${values.x}` : "";
+}
+
+function newest(curves) {
+  return { loss: curves.loss.value.at(-1), held: curves.held.value.at(-1), norm: curves.norm.value.at(-1), x: "" };
+}
+
+function controls(figure, chart) {
+  const recall = (key, otherwise) => bonsai.recall(`curve-${key}`) ?? otherwise;
+  const choose = (axis) => {
+    for (const button of figure.querySelectorAll("[data-axis]")) button.setAttribute("aria-pressed", String(button.dataset.axis === axis));
+    chart.set({ axis });
+  };
+  for (const button of figure.querySelectorAll("[data-axis]")) {
+    button.addEventListener("click", () => { bonsai.remember("curve-axis", button.dataset.axis); choose(button.dataset.axis); });
+  }
+  const slider = figure.querySelector("#smoothing");
+  const smooth = () => chart.set({ smoothing: Number(slider.value) / 100 });
+  slider.value = recall("smoothing", slider.value);
+  slider.addEventListener("input", () => { bonsai.remember("curve-smoothing", slider.value); smooth(); });
+  const log = figure.querySelector("#log-scale");
+  log.checked = recall("log", "no") === "yes";
+  log.addEventListener("change", () => { bonsai.remember("curve-log", log.checked ? "yes" : "no"); chart.set({ log: log.checked }); });
+  const whole = figure.querySelector("[data-whole]");
+  whole.addEventListener("click", () => chart.whole());
+  chart.onzoom = (zoomed) => { whole.hidden = !zoomed; };
+  Object.assign(chart, { smoothing: Number(slider.value) / 100, log: log.checked });
+  const axis = recall("axis", "samples");
+  choose(figure.querySelector(`[data-axis="${CSS.escape(axis)}"]`) ? axis : "samples");
+}
+
+function begin(root) {
+  const figure = root.querySelector(".curve");
+  const { socket, events, series, parts, window: early, total, status } = root.dataset;
+  const curves = new Curves();
+  const over = LAST_WORDS.includes(status);
+  const chart = new RunChart(root.querySelector("#plot"), curves, { window: Number(early), totalSteps: Number(total), ended: over });
+  const sentences = new Parts(root, parts);
+  let hovered = false;
+  chart.onread = (values) => { hovered = values !== null; showReadouts(figure, values ?? newest(curves)); };
+  controls(figure, chart);
+
+  const drawn = () => {
+    if (!curves.length && !curves.held.step.length) return;
+    figure.dataset.empty = "no";
+    if (!hovered) showReadouts(figure, newest(curves));
+    chart.request();
+  };
+  const feed = new Feed({
+    socket, events, series, onState: showConnection,
+    onSeries(answer) {
+      curves.read(answer);
+      drawn();
+    },
+    onEvents(batch) {
+      let changed = false;
+      for (const event of batch) {
+        changed = curves.add(event) || changed;
+        if (event.kind === "child" && event.data.total_steps) chart.totalSteps = event.data.total_steps;
+        if (event.kind === "progress") showProgress(root, event.data);
+        if (event.kind !== "metric") sentences.refresh();
+        if (event.kind === "status" && LAST_WORDS.includes(event.data.to)) {
+          chart.ended = true;
+          changed = true;
+          feed.stop();
+        }
+      }
+      if (changed) drawn();
+      if (curves.length > MOST_KEPT) feed.resync(); // a long run: let the server thin it out
+    },
+  });
+  Object.assign(root, { curves, feed, chart });
+  if (over) feed.resync().then(() => showConnection("over"));
+  else feed.start();
+}
+
+const root = document.getElementById("run");
+if (root) begin(root);
