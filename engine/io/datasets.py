@@ -279,7 +279,7 @@ class _Survey:
                                  sentence=f"There is only one row with the label {names}; it can be learned or measured, not both."))  # fmt: skip
         twins = _twins(self.labels)
         if twins:
-            found.append(Finding(level="warning", code="similar_labels", line=self.first_of_label[twins[1]],
+            found.append(Finding(level="warning", code="similar_labels", line=max(self.first_of_label[label] for label in twins),
                                  sentence=f"The labels '{twins[0]}' and '{twins[1]}' differ only in spelling and count as two classes."))  # fmt: skip
         return found
 

@@ -126,7 +126,8 @@ class _Text:
 
     def more(self) -> bool:
         piece = next(self._pieces, "")
-        self.buffer, self.place = self.buffer[self.place :] + piece, 0
+        if piece:
+            self.buffer, self.place = self.buffer[self.place :] + piece, 0
         return bool(piece)
 
     def move(self, place: int) -> None:

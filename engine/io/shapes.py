@@ -215,21 +215,21 @@ def _kind(value: Any) -> str:
 
 
 def _holds_messages(column: str, sample: Sequence[Mapping[str, Any]]) -> bool:
-    values = [row.get(column) for row in sample if row.get(column)]
-    if not values:
-        return False
-    try:
-        turns = [messages_of(value, 0, column) for value in values[:5]]
-    except EngineError:
-        return False
-    return all(turns)
+    """Whether at least half of the filled cells are conversations: a damaged row must not hide what the column is."""
+    values = [row[column] for row in sample if row.get(column)][:20]
+    good = 0
+    for value in values:
+        try:
+            good += bool(messages_of(value, 0, column))
+        except EngineError:
+            continue
+    return 2 * good >= len(values) and good > 0
 
 
 def _is_text(column: str, sample: Sequence[Mapping[str, Any]]) -> bool:
     values = [row[column] for row in sample if row.get(column) not in (None, "")]
-    if not values or not all(isinstance(value, str) for value in values):
-        return False
-    return not all(_is_number(value) for value in values)
+    texts = [value for value in values if isinstance(value, str)]
+    return bool(texts) and 2 * len(texts) >= len(values) and not all(_is_number(text) for text in texts)
 
 
 def _is_number(text: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ class Classify(Task):
             folder, num_labels=len(names), id2label=names, label2id={label: place for place, label in names.items()}
         )
         config.problem_type = "single_label_classification"
-        if config.get_text_config().pad_token_id is None:  # decoders find the last token of a text by it
-            config.get_text_config().pad_token_id = load_tokenizer(folder).pad_token_id
+        config.get_text_config().pad_token_id = load_tokenizer(
+            folder
+        ).pad_token_id  # decoders find the last token of a text by it
         same = {int(place): label for place, label in known.items()} == names
         model, fresh = load_model(
             folder, AUTO_CLASSES[self.name], dtype=dtype, config=config, seed=seed, renew_heads=not same
@@ -56,6 +57,10 @@ class Classify(Task):
         tokenizer = load_tokenizer(model_folder(facts))
         tokenizer.padding_side = "right"
         return tokenizer
+
+    def goodness(self, scores: Mapping[str, Any]) -> tuple[float, ...]:
+        """The share of right answers; between equals, the smaller loss."""
+        return (float(scores["eval_accuracy"]), -float(scores["eval_loss"]))
 
     def fresh(self, model: nn.Module) -> tuple[str, ...]:
         """The heads always learn, because they belong to these labels; so does whatever the model's folder had no weights for."""
@@ -113,13 +118,19 @@ class Classify(Task):
         return _scores(functional.log_softmax(logits, dim=-1), truth)
 
     def baseline(
-        self, model: nn.Module, encoded: Encoded, tokenizer: Any, facts: Facts, device: torch.device
+        self,
+        untouched: Callable[[], nn.Module],
+        first_scores: Mapping[str, Any],
+        encoded: Encoded,
+        tokenizer: Any,
+        facts: Facts,
+        device: torch.device,
     ) -> dict[str, Any]:
         """The better of two rivals that need no training of the model: the most frequent label, and a plain classifier on the untouched model."""
         classes = len(facts.data.labels)
         truth = torch.tensor([example.labels[0] for example in encoded.holdout])
         frequent = _most_frequent(encoded.train, truth, facts.data.labels)
-        plain = self._on_frozen_model(model, encoded, tokenizer.pad_token_id, device, truth, classes)
+        plain = self._on_frozen_model(untouched(), encoded, tokenizer.pad_token_id, device, truth, classes)
         best, other = (plain, frequent) if plain["eval_accuracy"] >= frequent["eval_accuracy"] else (frequent, plain)
         return {**best, "also": [other]}
 
