@@ -1,8 +1,9 @@
-"""How much one person may bring: sizes, quotas and rates, each changeable in the settings under its own name."""
+"""How much one person may bring: sizes, quotas and rates, each changeable in the environment under its own name."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -25,8 +26,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def limit(name: str) -> int:
-    """The limit called `name`, from the settings or its default."""
-    return int(getattr(settings, name, DEFAULTS[name]))
+    """The limit called `name`: from the settings, else from the environment, else its default."""
+    return int(getattr(settings, name, None) or os.environ.get(name) or DEFAULTS[name])
 
 
 def in_words(num_bytes: int) -> str:

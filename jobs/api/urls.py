@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from django.http import Http404, HttpRequest
-from django.urls import URLPattern, URLResolver
-from ninja import NinjaAPI, Router
+from django.urls import URLPattern, URLResolver, re_path
+from ninja import NinjaAPI
 from ninja.errors import HttpError, ValidationError
 from ninja.openapi.docs import Swagger
 
@@ -14,7 +14,6 @@ from engine import __version__
 from jobs.api import accounts, artifacts, catalogue, datasets, problems
 from jobs.api import jobs as jobs_routes
 from jobs.api.auth import AUTH
-from jobs.api.problems import NOT_FOUND, Problem
 from jobs.api.reading import REQUESTS, WRITES, StrictParser
 from jobs.api.schemas import ProblemOut
 
@@ -42,7 +41,10 @@ class Api(NinjaAPI):
         for pattern in urls:
             if isinstance(pattern, URLPattern):
                 pattern.callback = _explained(pattern.callback)
-        return urls
+        return [
+            *urls,
+            re_path(r"^[\s\S]*$", _explained(_nowhere)),
+        ]  # last; the pattern also takes line breaks, which no converter does
 
     def get_openapi_schema(self, **kwargs: Any) -> Any:
         schema = super().get_openapi_schema(**kwargs)
@@ -59,11 +61,15 @@ def _explained(view: Any) -> Any:
     def explained(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         try:
             return problems.explain_method(view(request, *args, **kwargs), request.method)
-        except Http404 as error:  # the bare /api/v1/, which ninja answers outside of its own handlers
+        except Http404 as error:  # no route of ninja's, so none of its handlers
             return problems.handle(request, error)
 
     explained.csrf_exempt = True  # type: ignore[attr-defined]  # PageAuth checks it, because programs with a token need none
     return explained
+
+
+def _nowhere(request: HttpRequest) -> None:
+    raise Http404
 
 
 def _problem_schema() -> dict[str, Any]:
@@ -96,17 +102,3 @@ api.add_router("/jobs", jobs_routes.router)
 api.add_router("/artifacts", artifacts.router)
 api.add_router("/tokens", accounts.tokens_router)
 api.add_router("/health", accounts.health_router)
-
-
-elsewhere = Router()
-
-
-@elsewhere.api_operation(
-    ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"], "/{path:rest}", include_in_schema=False, auth=None
-)
-def nowhere(request: HttpRequest, rest: str) -> None:
-    """Whatever is not an address of the API."""
-    raise Problem(404, NOT_FOUND)
-
-
-api.add_router("", elsewhere)  # last, because the first match answers

@@ -73,7 +73,18 @@ def test_a_misspelled_field_is_named(owner: Caller) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["nothing", "jobs/", "jobs/1", "jobs/../../admin", "datasets/x'--", "methods/a/b", "artifacts/%00/download/x", ""],
+    [
+        "nothing",
+        "jobs/",
+        "jobs/1",
+        "jobs/../../admin",
+        "datasets/x'--",
+        "methods/a/b",
+        "artifacts/%00/download/x",
+        "",
+        "jobs/%0A",
+        "%0D%0A/x",
+    ],
 )
 def test_an_unknown_address_is_a_problem_too(owner: Caller, path: str) -> None:
     response = owner.get(f"/api/v1/{path}")
