@@ -87,7 +87,7 @@ class Workbench:
         self._count += 1
         folder = self.folder / f"run-{self._count}"
         folder.mkdir()
-        run, _ = prepare(require(recipe), folder, EventLog(folder), Control(folder))
+        run = prepare(require(recipe), folder, EventLog(folder), Control(folder))
         run.model.train()
         return run
 

@@ -24,8 +24,13 @@ class AdamWFactory(OptimizerFactory):
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
 
     def build(self, trainables: Trainables, learning_rate: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(decay_groups(trainables, self.weight_decay), lr=learning_rate, betas=self.betas, eps=self.eps,
-                                 **kernel(trainables))
+        return torch.optim.AdamW(
+            decay_groups(trainables, self.weight_decay),
+            lr=learning_rate,
+            betas=self.betas,
+            eps=self.eps,
+            **kernel(trainables),
+        )
 
 
 class AdamW(TrainMethod):
@@ -36,7 +41,7 @@ class AdamW(TrainMethod):
         title="AdamW",
         pick_when="Pick this when you have no reason to pick another optimizer: it is the safe choice for every model here.",
         summary="Each weight gets a step size of its own, from running averages of its gradient and of the gradient's square. It needs two extra "
-                "numbers for every weight that learns.",
+        "numbers for every weight that learns.",
         paper="Decoupled Weight Decay Regularization",
         year=2017,
         arxiv="1711.05101",
@@ -51,7 +56,12 @@ class AdamW(TrainMethod):
             "Weight decay pulls a weight towards zero, not towards its pretrained value: for adapters and short runs leave it at 0.",
             "Biases and norms must not decay; they do not here.",
         ),
-        figures=(Figure(claim="Relative improvement of the test error of Adam on image classification", paper="about 15 % (unconfirmed)"),),
+        figures=(
+            Figure(
+                claim="Relative improvement of the test error of Adam on image classification",
+                paper="about 15 % (unconfirmed)",
+            ),
+        ),
         cost=Cost(time=2, memory=3, size=1),
         family="Optimizers",
     )
@@ -62,14 +72,42 @@ class AdamW(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of AdamW."""
 
-        beta1: float = dial(0.9, label="Memory of the direction", unit="1", low=0.0, high=0.9999, paper=0.9,
-                            help="How long the direction of earlier steps is remembered; closer to 1 is longer.")
-        beta2: float = dial(0.999, label="Memory of the size", unit="1", low=0.0, high=0.999999, paper=0.999,
-                            help="How long the size of earlier gradients is remembered; closer to 1 is longer.")
-        eps: float = dial(1e-8, label="Smallest divisor", unit="1", low=1e-16, high=1.0, paper=1e-8,
-                          help="Keeps the division from exploding where gradients are nearly zero.")
-        weight_decay: float = dial(0.0, label="Pull towards zero", unit="1", low=0.0, high=1.0, paper=0.01,
-                                   help="Shrinks the learned matrices a little in every step, against memorising.")
+        beta1: float = dial(
+            0.9,
+            label="Memory of the direction",
+            unit="1",
+            low=0.0,
+            high=0.9999,
+            paper=0.9,
+            help="How long the direction of earlier steps is remembered; closer to 1 is longer.",
+        )
+        beta2: float = dial(
+            0.999,
+            label="Memory of the size",
+            unit="1",
+            low=0.0,
+            high=0.999999,
+            paper=0.999,
+            help="How long the size of earlier gradients is remembered; closer to 1 is longer.",
+        )
+        eps: float = dial(
+            1e-8,
+            label="Smallest divisor",
+            unit="1",
+            low=1e-16,
+            high=1.0,
+            paper=1e-8,
+            help="Keeps the division from exploding where gradients are nearly zero.",
+        )
+        weight_decay: float = dial(
+            0.0,
+            label="Pull towards zero",
+            unit="1",
+            low=0.0,
+            high=1.0,
+            paper=0.01,
+            help="Shrinks the learned matrices a little in every step, against memorising.",
+        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params

@@ -29,6 +29,7 @@ class OrdinaryStep(UpdateRule):
         tokens = sum(int(batch["num_tokens"]) for batch in micro)
 
         logged = torch.zeros((), device=run.device)
+        extra: dict[str, Any] = {}
         for batch, weight in zip(micro, weights, strict=True):
             with run.autocast():
                 loss = run.objective.loss(run.model, batch, run.rng)
@@ -37,9 +38,16 @@ class OrdinaryStep(UpdateRule):
                     total = total + term.term(run.model, batch, loss, weight / whole)
             total.backward()
             logged += loss.total.detach() / whole
+            if (
+                len(micro) > 1 and not extra and weight > 0
+            ):  # what tells noise from signal: the first piece beside the whole
+                extra = {
+                    "micro_norm": gradient_norm(run.trainables) * (whole / weight),
+                    "micro_size": int(batch["num_samples"]),
+                    "batch_size": samples,
+                }
 
         norm = gradient_norm(run.trainables)
-        extra: dict[str, Any] = {}
         for rule in run.rules:
             extra.update(rule.apply(run.trainables, norm))
         rate = (run.settings.learning_rate or 0.0) * run.schedule.factor(clock)
@@ -48,8 +56,16 @@ class OrdinaryStep(UpdateRule):
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return StepReport(
-            step=clock.step + 1, loss=logged, grad_norm=norm, learning_rate=rate, samples=clock.samples + samples, tokens=clock.tokens + tokens,
-            epoch=(clock.step + 1) / max(1, clock.steps_per_epoch), weight=whole, extra=extra)
+            step=clock.step + 1,
+            loss=logged,
+            grad_norm=norm,
+            learning_rate=rate,
+            samples=clock.samples + samples,
+            tokens=clock.tokens + tokens,
+            epoch=(clock.step + 1) / max(1, clock.steps_per_epoch),
+            weight=whole,
+            extra=extra,
+        )
 
 
 class Backpropagation(TrainMethod):
@@ -60,7 +76,7 @@ class Backpropagation(TrainMethod):
         title="Back-propagation",
         pick_when="Pick this when a recipe needs nothing special: it is the ordinary training step, and it stands there without being named.",
         summary="The loss of a whole batch is computed piece by piece, its gradient flows back through the model, gradient rules may change it, and "
-                "the optimizer moves what learns.",
+        "the optimizer moves what learns.",
         algorithm=(
             "Count the supervised items of all micro-batches of the optimizer batch.",
             "For each micro-batch: objective / whole count, plus the loss terms; backward.",
@@ -69,7 +85,9 @@ class Backpropagation(TrainMethod):
             "Set the learning rate from the schedule; optimizer step; forget the gradients.",
         ),
         avoid_when="The method itself differentiates through a step, or has two losses that move different weights.",
-        traps=("Cutting a batch into micro-batches must not change the step: everything is divided by the count of the whole batch.",),
+        traps=(
+            "Cutting a batch into micro-batches must not change the step: everything is divided by the count of the whole batch.",
+        ),
         cost=Cost(time=2, memory=2, size=1),
         family="Update rules",
     )

@@ -56,8 +56,15 @@ class Clip(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of clipping."""
 
-        max_norm: float = dial(1.0, label="Longest step", unit="1", low=1e-4, high=1e4, paper=1.0,
-                               help="Gradients longer than this are scaled down to it.")
+        max_norm: float = dial(
+            1.0,
+            label="Longest step",
+            unit="1",
+            low=1e-4,
+            high=1e4,
+            paper=1.0,
+            help="Gradients longer than this are scaled down to it.",
+        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [ClipNorm(self.params.max_norm)]

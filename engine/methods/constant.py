@@ -25,9 +25,7 @@ class Constant(TrainMethod):
             "Then: the factor 1 to the end.",
         ),
         avoid_when="The length of the run is known: a falling rate nearly always ends at a lower loss.",
-        traps=(
-            "The last steps still jump about; the final model is noisier than with a falling rate.",
-        ),
+        traps=("The last steps still jump about; the final model is noisier than with a falling rate.",),
         cost=Cost(time=1, memory=1, size=1),
         family="Schedules",
     )
@@ -37,8 +35,14 @@ class Constant(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of the schedule."""
 
-        warmup: float = dial(0.05, label="Gentle start", unit="share", low=0.0, high=0.9,
-                             help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.")
+        warmup: float = dial(
+            0.05,
+            label="Gentle start",
+            unit="share",
+            low=0.0,
+            high=0.9,
+            help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.",
+        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [Shaped(self.params.warmup, level)]

@@ -38,7 +38,7 @@ class CrossEntropy(TrainMethod):
         title="Cross-entropy",
         pick_when="Pick this when every example shows the right answer: a topic, the next word, a reply. It is the ordinary way to learn.",
         summary="The model is asked for the probability of the right answer and moves so that it becomes larger. Every supervised place of a whole "
-                "batch counts the same, however the batch is cut into pieces.",
+        "batch counts the same, however the batch is cut into pieces.",
         algorithm=(
             "Compute the model's scores at the supervised places only.",
             "Sum -log p(right answer) over them, in fp32.",
@@ -58,8 +58,15 @@ class CrossEntropy(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of cross-entropy."""
 
-        label_smoothing: float = dial(0.0, label="Doubt", unit="share", low=0.0, high=0.9, paper=0.0,
-                                      help="This share of certainty is given to the wrong answers, against over-confidence and wrong labels.")
+        label_smoothing: float = dial(
+            0.0,
+            label="Doubt",
+            unit="share",
+            low=0.0,
+            high=0.9,
+            paper=0.0,
+            help="This share of certainty is given to the wrong answers, against over-confidence and wrong labels.",
+        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [LikelyAnswer(ctx.task, self.params.label_smoothing)]

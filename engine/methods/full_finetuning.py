@@ -13,7 +13,12 @@ from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.train.parts import Parametrization, PartContext
 
-_RATES = ((2_000_000, 5e-4), (20_000_000, 3e-4), (200_000_000, 1e-4), (2_000_000_000, 3e-5))  # below so many parameters -> rate
+_RATES = (
+    (2_000_000, 5e-4),
+    (20_000_000, 3e-4),
+    (200_000_000, 1e-4),
+    (2_000_000_000, 3e-5),
+)  # below so many parameters -> rate
 
 
 class EveryWeight(Parametrization):
@@ -37,7 +42,7 @@ class FullFinetuning(TrainMethod):
         title="Full fine-tuning",
         pick_when="Pick this when you want the most the model can learn from your examples, and memory and the size of the result do not matter.",
         summary="Every number in the model may change. It learns the most and forgets the most, needs about four times the memory of the model "
-                "itself, and the result is a complete model.",
+        "itself, and the result is a complete model.",
         algorithm=(
             "Load all weights in fp32.",
             "For each batch compute the loss and its gradient for every weight.",
@@ -68,12 +73,22 @@ class FullFinetuning(TrainMethod):
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
         if facts.model.kind == "encoder":
-            return [Suggestion(where="settings.learning_rate", value=5e-5,
-                               reason="5e-5 is the usual rate when every weight of a pretrained encoder learns.")]
+            return [
+                Suggestion(
+                    where="settings.learning_rate",
+                    value=5e-5,
+                    reason="5e-5 is the usual rate when every weight of a pretrained encoder learns.",
+                )
+            ]
         rate = next((rate for limit, rate in _RATES if size < limit), 1e-5)
-        return [Suggestion(where="settings.learning_rate", value=rate,
-                           reason=f"Every weight learns, and a language model of {size:,} parameters takes steps of {rate:g} well; "
-                                  "larger models need smaller ones.")]
+        return [
+            Suggestion(
+                where="settings.learning_rate",
+                value=rate,
+                reason=f"Every weight learns, and a language model of {size:,} parameters takes steps of {rate:g} well; "
+                "larger models need smaller ones.",
+            )
+        ]
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [EveryWeight()]

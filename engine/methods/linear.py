@@ -25,9 +25,7 @@ class Linear(TrainMethod):
             "Then: from 1 in a straight line to the final share at the end of the run.",
         ),
         avoid_when="You may want to train longer afterwards: the rate is used up at the end.",
-        traps=(
-            "The line depends on the planned length; stopping early means the rate never came down.",
-        ),
+        traps=("The line depends on the planned length; stopping early means the rate never came down.",),
         cost=Cost(time=1, memory=1, size=1),
         family="Schedules",
     )
@@ -37,10 +35,22 @@ class Linear(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of the schedule."""
 
-        warmup: float = dial(0.05, label="Gentle start", unit="share", low=0.0, high=0.9,
-                             help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.")
-        final: float = dial(0.0, label="Rate at the end", unit="share", low=0.0, high=1.0,
-                            help="The share of the learning rate that is left at the very end.")
+        warmup: float = dial(
+            0.05,
+            label="Gentle start",
+            unit="share",
+            low=0.0,
+            high=0.9,
+            help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.",
+        )
+        final: float = dial(
+            0.0,
+            label="Rate at the end",
+            unit="share",
+            low=0.0,
+            high=1.0,
+            help="The share of the learning rate that is left at the very end.",
+        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [Shaped(self.params.warmup, falling_line(self.params.final))]

@@ -24,7 +24,7 @@ class LoRA(TrainMethod):
         title="LoRA",
         pick_when="Pick this when you want a small file that nearly every other tool can load, and good results without tuning anything.",
         summary="The model stays as it is; beside each chosen layer two thin matrices learn what to add. The result is a file of a few "
-                "megabytes that can be put on and taken off, or folded into the model for good.",
+        "megabytes that can be put on and taken off, or folded into the model for good.",
         paper="LoRA: Low-Rank Adaptation of Large Language Models",
         year=2021,
         arxiv="2106.09685",
@@ -45,8 +45,13 @@ class LoRA(TrainMethod):
             "A new classification layer must be saved with the adapter, or the loaded model guesses at random.",
         ),
         figures=(
-            Figure(claim="Trainable parameters of GPT-3 175B against full fine-tuning", paper="10,000 times fewer (abstract)"),
-            Figure(claim="GPU memory for training GPT-3 175B against full fine-tuning", paper="3 times less (abstract)"),
+            Figure(
+                claim="Trainable parameters of GPT-3 175B against full fine-tuning",
+                paper="10,000 times fewer (abstract)",
+            ),
+            Figure(
+                claim="GPU memory for training GPT-3 175B against full fine-tuning", paper="3 times less (abstract)"
+            ),
         ),
         cost=Cost(time=3, memory=2, size=1),
         family="Adapters",
@@ -58,20 +63,52 @@ class LoRA(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of LoRA."""
 
-        r: int = dial(8, label="Rank", unit="1", low=1, high=4096, tier="basic", paper=8,
-                      help="How much room the addition has: more can learn more and makes a larger file.")
-        alpha: float = dial(16.0, label="Strength", unit="1", low=0.01, high=65536, paper=16,
-                            help="How strongly the addition counts; it is divided by the rank. Twice the rank is usual.")
-        dropout: float = dial(0.0, label="Dropout", unit="share", low=0.0, high=0.9, paper=0.0,
-                              help="This share of the inputs of the addition is left out at random while learning, against memorising.")
+        r: int = dial(
+            8,
+            label="Rank",
+            unit="1",
+            low=1,
+            high=4096,
+            tier="basic",
+            paper=8,
+            help="How much room the addition has: more can learn more and makes a larger file.",
+        )
+        alpha: float = dial(
+            16.0,
+            label="Strength",
+            unit="1",
+            low=0.01,
+            high=65536,
+            paper=16,
+            help="How strongly the addition counts; it is divided by the rank. Twice the rank is usual.",
+        )
+        dropout: float = dial(
+            0.0,
+            label="Dropout",
+            unit="share",
+            low=0.0,
+            high=0.9,
+            paper=0.0,
+            help="This share of the inputs of the addition is left out at random while learning, against memorising.",
+        )
         targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper="attention")
-        init: Init = dial("default", label="Starting point", paper="default",
-                          help="default and gaussian start from nothing; pissa and olora start from the strongest part of the weights themselves "
-                               "and often learn faster at first.")
-        use_dora: bool = dial(False, label="Learn lengths apart (DoRA)",
-                              help="Learns length and direction of the weights separately: often a little better, always slower.")
-        use_rslora: bool = dial(False, label="Even strength for large ranks (rsLoRA)",
-                                help="Divides the strength by the square root of the rank, so that large ranks are not held back.")
+        init: Init = dial(
+            "default",
+            label="Starting point",
+            paper="default",
+            help="default and gaussian start from nothing; pissa and olora start from the strongest part of the weights themselves "
+            "and often learn faster at first.",
+        )
+        use_dora: bool = dial(
+            False,
+            label="Learn lengths apart (DoRA)",
+            help="Learns length and direction of the weights separately: often a little better, always slower.",
+        )
+        use_rslora: bool = dial(
+            False,
+            label="Even strength for large ranks (rsLoRA)",
+            help="Divides the strength by the square root of the rank, so that large ranks are not held back.",
+        )
 
     @classmethod
     def supports(cls, facts: Facts) -> Verdict:
@@ -84,9 +121,15 @@ class LoRA(TrainMethod):
         limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model).items()]
         faults += rank_faults(params.r, limits, noun="independent directions")
         if params.use_dora and params.init in FROM_WEIGHTS:
-            faults.append(Fault(where="init", what=f"DoRA cannot start from {params.init}.", code="excludes",
-                                why="The result could not be written as an adapter of the untouched base.",
-                                way_out="Switch DoRA off, or choose the starting point 'default'."))
+            faults.append(
+                Fault(
+                    where="init",
+                    what=f"DoRA cannot start from {params.init}.",
+                    code="excludes",
+                    why="The result could not be written as an adapter of the untouched base.",
+                    way_out="Switch DoRA off, or choose the starting point 'default'.",
+                )
+            )
         return faults
 
     @classmethod
@@ -102,11 +145,26 @@ class LoRA(TrainMethod):
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
         rate = 2e-3 if size < 2_000_000 else 1e-3 if size < 200_000_000 else 2e-4
-        return [Suggestion(where="settings.learning_rate", value=rate,
-                           reason=f"The added matrices start from nothing and take about ten times the step of full fine-tuning: {rate:g} "
-                                  f"suits a model of {size:,} parameters.")]
+        return [
+            Suggestion(
+                where="settings.learning_rate",
+                value=rate,
+                reason=f"The added matrices start from nothing and take about ten times the step of full fine-tuning: {rate:g} "
+                f"suits a model of {size:,} parameters.",
+            )
+        ]
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params
-        return [LowRank(ctx, list(targets(p.targets, ctx.facts.model)), r=p.r, alpha=p.alpha, dropout=p.dropout, init=p.init,
-                        use_dora=p.use_dora, use_rslora=p.use_rslora)]
+        return [
+            LowRank(
+                ctx,
+                list(targets(p.targets, ctx.facts.model)),
+                r=p.r,
+                alpha=p.alpha,
+                dropout=p.dropout,
+                init=p.init,
+                use_dora=p.use_dora,
+                use_rslora=p.use_rslora,
+            )
+        ]

@@ -36,7 +36,9 @@ class Columns(Parametrization):
                 owners.setdefault(id(parameter), []).append(name)
         for name, module in plain.items():
             if len(owners[id(module.weight)]) > 1:
-                raise ValueError(f"The weight of {name} is shared with {owners[id(module.weight)]}; PaCA leaves shared weights alone.")
+                raise ValueError(
+                    f"The weight of {name} is shared with {owners[id(module.weight)]}; PaCA leaves shared weights alone."
+                )
             replace(model, name, ColumnLinear(module, self._index(name, module.weight), self.alpha / self.r))
 
     def _index(self, name: str, weight: Tensor) -> Tensor:
@@ -69,10 +71,22 @@ class Columns(Parametrization):
             columns, original = layer.effective(), layer.original.float()
             own |= {f"{name}.index": layer.index, f"{name}.columns": columns, f"{name}.original": original}
             lora |= one_hot_lora(name, layer.index, columns - original, layer.in_features)
-        config = {"method": self.ctx.slug, "r": self.r, "alpha": self.alpha, "layers": self.layers, "base_model": self.ctx.facts.model.source,
-                  "fresh": list(fresh), "meaning": "weight[:, index] = columns; original holds the same columns of the base model"}
-        exact = Payload(layout="peft", tensors=lora, config=lora_config(
-            model, self.ctx.facts.model, self.layers, fresh, r=self.r, lora_alpha=self.r, lora_dropout=0.0))
+        config = {
+            "method": self.ctx.slug,
+            "r": self.r,
+            "alpha": self.alpha,
+            "layers": self.layers,
+            "base_model": self.ctx.facts.model.source,
+            "fresh": list(fresh),
+            "meaning": "weight[:, index] = columns; original holds the same columns of the base model",
+        }
+        exact = Payload(
+            layout="peft",
+            tensors=lora,
+            config=lora_config(
+                model, self.ctx.facts.model, self.layers, fresh, r=self.r, lora_alpha=self.r, lora_dropout=0.0
+            ),
+        )
         return Payload(layout="bonsai", config=config, tensors=own, forms={"lora": exact})
 
     def restore(self, model: nn.Module, payload: Payload) -> None:
@@ -95,9 +109,9 @@ class PaCA(TrainMethod):
         slug="paca",
         title="PaCA",
         pick_when="Pick this when you would use LoRA but want each training step to be quicker and to fit longer texts on the same machine, "
-                  "by editing a few randomly chosen columns of the existing weights instead of bolting on extra pieces.",
+        "by editing a few randomly chosen columns of the existing weights instead of bolting on extra pieces.",
         summary="In every layer a few columns of the weights, chosen at random, may change; all others stay bit for bit as they were. Nothing is "
-                "added to the model, so a step costs little more than reading it, and the result can leave as an exact LoRA.",
+        "added to the model, so a step costs little more than reading it, and the result can leave as an exact LoRA.",
         paper="PaCA: Partial Connection Adaptation for Efficient Fine-Tuning",
         year=2025,
         arxiv="2503.01905",
@@ -139,13 +153,32 @@ class PaCA(TrainMethod):
     class Params(HyperParams):
         """Hyperparameters of PaCA."""
 
-        r: int = dial(16, label="Columns", unit="columns", low=1, high=16384, tier="basic", paper=16,
-                      help="How many columns of each layer may change: more can learn more, and each costs a little time and memory.")
-        alpha: float = dial(16.0, label="Strength", unit="1", low=0.01, high=65536, paper=64,
-                            help="Multiplies every step of the columns, divided by their number. Equal to the columns means: no change.")
+        r: int = dial(
+            16,
+            label="Columns",
+            unit="columns",
+            low=1,
+            high=16384,
+            tier="basic",
+            paper=16,
+            help="How many columns of each layer may change: more can learn more, and each costs a little time and memory.",
+        )
+        alpha: float = dial(
+            16.0,
+            label="Strength",
+            unit="1",
+            low=0.01,
+            high=65536,
+            paper=64,
+            help="Multiplies every step of the columns, divided by their number. Equal to the columns means: no change.",
+        )
         targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper=ALL)
-        choose: Choice = dial("random", label="Which columns", paper="random",
-                              help="random, or the columns with the largest or smallest weights; the authors saw no clear gain over random.")
+        choose: Choice = dial(
+            "random",
+            label="Which columns",
+            paper="random",
+            help="random, or the columns with the largest or smallest weights; the authors saw no clear gain over random.",
+        )
 
     @classmethod
     def supports(cls, facts: Facts) -> Verdict:
@@ -169,9 +202,18 @@ class PaCA(TrainMethod):
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size, scale = facts.model.num_parameters, params.alpha / params.r
         rate = 2e-3 if size < 2_000_000 else 1e-3 if size < 200_000_000 else 4e-4  # of the weights themselves
-        return [Suggestion(where="settings.learning_rate", value=float(f"{rate / scale:.3g}"),
-                           reason=f"The columns of a model of {size:,} parameters take steps of {rate:g} well"
-                                  + (f"; the strength multiplies each step by {scale:g}, so the rate is divided by it." if scale != 1 else "."))]
+        return [
+            Suggestion(
+                where="settings.learning_rate",
+                value=float(f"{rate / scale:.3g}"),
+                reason=f"The columns of a model of {size:,} parameters take steps of {rate:g} well"
+                + (
+                    f"; the strength multiplies each step by {scale:g}, so the rate is divided by it."
+                    if scale != 1
+                    else "."
+                ),
+            )
+        ]
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params

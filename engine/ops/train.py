@@ -19,7 +19,6 @@ from engine.core.control import Control, write_json
 from engine.core.errors import EngineError, Fault, Reason, RecipeError
 from engine.core.events import EventLog
 from engine.core.recipe import Recipe, parse_recipe
-from engine.io.datasets import read_rows
 from engine.ops.check import Checked, require
 from engine.tasks import task as task_named
 from engine.train import checkpoint
@@ -58,7 +57,7 @@ def _run(folder: Path, log: EventLog, control: Control) -> Ending:
     recipe = parse_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
     log.emit("state", {"state": "starting", "message": "Reading the model and the data."})
     checked = require(recipe)
-    run, baseline = prepare(checked, folder, log, control)
+    run = prepare(checked, folder, log, control)
     log.emit(
         "child",
         {
@@ -84,24 +83,23 @@ def _run(folder: Path, log: EventLog, control: Control) -> Ending:
             {"state": "exporting", "message": "Writing the result and checking it in a clean process."},
             step=run.clock.step,
         )
-        export(run, ending, baseline)
+        export(run, ending)
     return ending
 
 
-def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> tuple[Run, dict[str, Any]]:
-    """Load model and data, attach every part, restore the newest intact checkpoint; returns the run and the baseline's scores."""
+def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> Run:
+    """Load model and data, attach every part, restore the newest intact checkpoint."""
     recipe, facts = checked.recipe, checked.facts
     assert facts is not None
     settings = recipe.settings
     device = torch.device(facts.machine.device)
     task = task_named(recipe.task)
     tokenizer = task.load_tokenizer(facts.model)
-    encoded = task.encode(list(read_rows(facts.data)), tokenizer, recipe, facts.data)
+    encoded = task.encode(list(task.rows(facts.data)), tokenizer, recipe, facts.data)
     for note in encoded.notes:
         log.emit("log", {"level": "warning", "message": note})
     seed_everything(settings.seed)
     model = task.load_model(facts.model, facts.data, dtype=torch.float32, seed=settings.seed).to(device)
-    baseline = _baseline(folder, lambda: task.baseline(model, encoded, tokenizer, facts, device))
 
     composition, slots = build_slots(recipe, facts, task)
     order = list(range(min(len(encoded.train), 8 * (settings.batch_size or 1))))
@@ -160,7 +158,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control) -> 
                 "bad_input",
             )
         run.restore(snapshot)
-    return run, baseline
+    return run
 
 
 def plan(recipe: Recipe, task: Any, encoded: Any, seed: int) -> Clock:
@@ -173,17 +171,6 @@ def plan(recipe: Recipe, task: Any, encoded: Any, seed: int) -> Clock:
     return Clock(
         total_steps=min(total, settings.max_steps or total), steps_per_epoch=per_epoch, num_samples=len(encoded.train)
     )
-
-
-def _baseline(folder: Path, measure: Any) -> dict[str, Any]:
-    """The baseline is measured once per job and remembered, so that a resumed run compares with the same rival."""
-    path = folder / "baseline.json"
-    if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return known
-    scores: dict[str, Any] = measure()
-    write_json(path, scores)
-    return scores
 
 
 def _attempt(folder: Path) -> int:

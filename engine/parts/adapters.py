@@ -29,8 +29,14 @@ def lora_config(
     kind = type(model).__name__
     config = LoraConfig(
         task_type=next((value for suffix, value in _TASK_TYPES.items() if kind.endswith(suffix)), None),
-        base_model_name_or_path=hub if facts.source.startswith("hub:") else None, revision=revision or None,
-        target_modules=short_names(layers, model), modules_to_save=list(fresh) or None, bias="none", inference_mode=True, **settings)
+        base_model_name_or_path=hub if facts.source.startswith("hub:") else None,
+        revision=revision or None,
+        target_modules=short_names(layers, model),
+        modules_to_save=list(fresh) or None,
+        bias="none",
+        inference_mode=True,
+        **settings,
+    )
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         content: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -44,7 +50,8 @@ def fresh_tensors(model: nn.Module, fresh: tuple[str, ...]) -> dict[str, Tensor]
     """Parameters and buffers of the fresh modules by their names in the model, in fp32."""
     return {
         f"{module}.{name}": tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
-        for module in fresh for name, tensor in model.get_submodule(module).state_dict().items()
+        for module in fresh
+        for name, tensor in model.get_submodule(module).state_dict().items()
     }
 
 

@@ -21,7 +21,9 @@ class ColumnProduct(torch.autograd.Function):
     """y = x W^T + b with a gradient for x and for the columns P alone. W is checked: writing it before backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, index: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor, index: Tensor, scale: float
+    ) -> Tensor:
         ctx.scale, ctx.shape = scale, x.shape
         # Two dimensions are three times quicker to index than the same memory seen with three.
         picked = x.reshape(-1, x.shape[-1]).index_select(1, index) if ctx.needs_input_grad[3] else None  # [n, r]

@@ -20,11 +20,26 @@ class LowRank(Parametrization):
     """Matrices A [r, in] and B [out, r] beside each target layer, and with DoRA a magnitude [out]."""
 
     def __init__(
-        self, ctx: PartContext, layers: list[str], *, r: int, alpha: float, dropout: float, init: Init, use_dora: bool, use_rslora: bool
+        self,
+        ctx: PartContext,
+        layers: list[str],
+        *,
+        r: int,
+        alpha: float,
+        dropout: float,
+        init: Init,
+        use_dora: bool,
+        use_rslora: bool,
     ) -> None:
         self.ctx, self.layers, self.r, self.init, self.use_dora = ctx, layers, r, init, use_dora
         self.scale = alpha / (math.sqrt(r) if use_rslora else r)
-        self.settings: dict[str, Any] = {"r": r, "lora_alpha": alpha, "lora_dropout": dropout, "use_dora": use_dora, "use_rslora": use_rslora}
+        self.settings: dict[str, Any] = {
+            "r": r,
+            "lora_alpha": alpha,
+            "lora_dropout": dropout,
+            "use_dora": use_dora,
+            "use_rslora": use_rslora,
+        }
         self.adapter = f"adapter{max(ctx.index, 0)}"
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # A0, B0 where the base was changed
 
@@ -34,20 +49,31 @@ class LowRank(Parametrization):
 
         for name in self.layers:
             linear(model, name)
-        config = LoraConfig(target_modules=list(self.layers), bias="none", **self.settings,
-                            init_lora_weights=True if self.init == "default" else self.init)
+        config = LoraConfig(
+            target_modules=list(self.layers),
+            bias="none",
+            **self.settings,
+            init_lora_weights=True if self.init == "default" else self.init,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.ctx.generator("lowrank").initial_seed())
             inject_adapter_in_model(config, model, adapter_name=self.adapter)
         del model.peft_config  # the run keeps its own books; peft would take this model for one of its own
-        found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer) and self.adapter in module.lora_A}
+        found = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer) and self.adapter in module.lora_A
+        }
         if found != set(self.layers):
             raise ValueError(f"peft attached to other layers than asked: {sorted(found ^ set(self.layers))[:4]}")
         for module in model.modules():
             if isinstance(module, LoraLayer):  # injecting a second adapter silences the first one; wake all
                 module.set_adapter(list(module.lora_A))
         if self.init in FROM_WEIGHTS:
-            self.start = {name: (self._a(model, name).detach().clone(), self._b(model, name).detach().clone()) for name in self.layers}
+            self.start = {
+                name: (self._a(model, name).detach().clone(), self._b(model, name).detach().clone())
+                for name in self.layers
+            }
 
     def trainables(self, model: nn.Module) -> dict[str, nn.Parameter]:
         found: dict[str, nn.Parameter] = {}
@@ -63,7 +89,9 @@ class LowRank(Parametrization):
         tensors: dict[str, Tensor] = {}
         for name in self.layers:
             a, b = self._a(model, name).detach(), self._b(model, name).detach()
-            if name in self.start:  # W_res + s B A = W + s [B, -B0] [A; A0]: exact on the untouched base, at twice the rank
+            if (
+                name in self.start
+            ):  # W_res + s B A = W + s [B, -B0] [A; A0]: exact on the untouched base, at twice the rank
                 a0, b0 = (start.to(a) for start in self.start[name])
                 a, b = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
             tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"], tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = a, b
@@ -81,7 +109,9 @@ class LowRank(Parametrization):
         for name in self.layers:
             a = payload.tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"]
             b = payload.tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"]
-            if name in self.start:  # the file is about the untouched base: take out what it took out, not what this machine did
+            if (
+                name in self.start
+            ):  # the file is about the untouched base: take out what it took out, not what this machine did
                 weight = _layer(model, name).get_base_layer().weight
                 mine_a, mine_b = self.start[name]
                 a, a0 = (part.to(mine_a) for part in a.split(self.r))

@@ -38,21 +38,41 @@ def target_faults(spec: str, model: ModelFacts, where: str = "targets") -> list[
     if spec.strip() in {ALL, ATTENTION, FEED_FORWARD}:
         if targets(spec, model):
             return []
-        return [Fault(where=where, what=f"This model has no layers of the kind '{spec.strip()}'.", why="No layer name says so.",
-                      way_out=f"Write {ALL}.", code="no_such_layer")]
+        return [
+            Fault(
+                where=where,
+                what=f"This model has no layers of the kind '{spec.strip()}'.",
+                why="No layer name says so.",
+                way_out=f"Write {ALL}.",
+                code="no_such_layer",
+            )
+        ]
     names = _names(spec)
     if not names:
-        return [Fault(where=where, what="No target layer is named.", why="Then nothing would learn.", way_out=ways, code="no_such_layer")]
+        return [
+            Fault(
+                where=where,
+                what="No target layer is named.",
+                why="Then nothing would learn.",
+                way_out=ways,
+                code="no_such_layer",
+            )
+        ]
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     faults = []
     for item in names:
         if any(_matches(name, item) for name in layers):
             continue
         close = difflib.get_close_matches(item, [*leaves, *layers, ALL, ATTENTION, FEED_FORWARD], n=1, cutoff=0.5)
-        faults.append(Fault(
-            where=where, what=f"There is no target layer called '{item}'.", code="no_such_layer",
-            why="No linear layer has this name; embeddings, output layers and new classifiers cannot be targets.",
-            way_out=f"Did you mean '{close[0]}'?" if close else f"Choose from {', '.join(leaves)}, or write {ALL}."))
+        faults.append(
+            Fault(
+                where=where,
+                what=f"There is no target layer called '{item}'.",
+                code="no_such_layer",
+                why="No linear layer has this name; embeddings, output layers and new classifiers cannot be targets.",
+                way_out=f"Did you mean '{close[0]}'?" if close else f"Choose from {', '.join(leaves)}, or write {ALL}.",
+            )
+        )
     return faults
 
 
@@ -61,16 +81,26 @@ def rank_faults(r: int, limits: Iterable[tuple[str, int]], *, noun: str, where: 
     name, least = min(limits, key=lambda item: item[1], default=("", r))
     if r <= least:
         return []
-    return [Fault(where=where, what=f"'{where}' is {r:,}.", why=f"The layer {name} has only {least:,} {noun}.",
-                  way_out=f"Choose {least:,} or less, or leave this layer out of the targets.", code="too_large")]
+    return [
+        Fault(
+            where=where,
+            what=f"'{where}' is {r:,}.",
+            why=f"The layer {name} has only {least:,} {noun}.",
+            way_out=f"Choose {least:,} or less, or leave this layer out of the targets.",
+            code="too_large",
+        )
+    ]
 
 
 def linear_verdict(title: str, facts: Facts) -> Verdict:
     """Whether the model has layers that can be edited; GPT-2's transposed Conv1D layers are not among them."""
     if facts.model.linears:
         return Verdict(True)
-    return Verdict(False, f"{title} edits ordinary linear layers, and this {facts.model.family} model keeps its weights in another form.",
-                   "Choose full fine-tuning, or a model of another family, such as Llama or BERT.")
+    return Verdict(
+        False,
+        f"{title} edits ordinary linear layers, and this {facts.model.family} model keeps its weights in another form.",
+        "Choose full fine-tuning, or a model of another family, such as Llama or BERT.",
+    )
 
 
 def linear(model: nn.Module, name: str) -> nn.Linear:
@@ -81,10 +111,15 @@ def linear(model: nn.Module, name: str) -> nn.Linear:
         module = None
     if type(module) is not nn.Linear:
         kind = "missing" if module is None else f"a {type(module).__name__}"
-        raise EngineError(Fault(
-            where="methods", code="no_such_layer", what=f"The layer {name} cannot be edited: it is {kind}.",
-            why="The model that was loaded differs from its description, or another method has replaced this layer.",
-            way_out="Give the methods different target layers."))
+        raise EngineError(
+            Fault(
+                where="methods",
+                code="no_such_layer",
+                what=f"The layer {name} cannot be edited: it is {kind}.",
+                why="The model that was loaded differs from its description, or another method has replaced this layer.",
+                way_out="Give the methods different target layers.",
+            )
+        )
     return module
 
 

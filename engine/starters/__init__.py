@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 
 from engine.starters.corpus import dialogues, stories
 
-__all__ = ["STARTER_DATA", "StarterData", "UnknownStarterData", "dialogues", "starter_data", "stories"]
+__all__ = ["STARTER_DATA", "StarterData", "UnknownStarterData", "dialogues", "general_texts", "starter_data", "stories"]
 
 Shape = Literal["classification", "messages", "preferences"]
 
@@ -68,3 +69,10 @@ def starter_data(name: str) -> StarterData:
         raise UnknownStarterData(
             f"There is no starter data named '{name}'. Bonsai comes with {known}; pick one of these or upload a file."
         ) from None
+
+
+@functools.cache
+def general_texts() -> tuple[str, ...]:
+    """Short plain-English paragraphs about everything: the fixed set on which the forgetting meter scores language models."""
+    text = (_FOLDER / "general.txt").read_text(encoding="utf-8")
+    return tuple(piece.strip() for piece in text.split("\n\n") if piece.strip())

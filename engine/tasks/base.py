@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,10 @@ class Task:
         """The tokenizer of the model folder (never with remote code); a pad token is guaranteed."""
         raise NotImplementedError
 
+    def goodness(self, scores: Mapping[str, Any]) -> tuple[float, ...]:
+        """What decides which checkpoint is the best: compared as a tuple, larger is better. Default: the held-out loss."""
+        return (-float(scores["eval_loss"]),)
+
     def fresh(self, model: nn.Module) -> tuple[str, ...]:
         """Names of modules that carry no pretrained weights (a new classifier). They always learn, with every parametrization."""
         return ()
@@ -90,9 +94,16 @@ class Task:
         raise NotImplementedError
 
     def baseline(
-        self, model: nn.Module, encoded: Encoded, tokenizer: Any, facts: Facts, device: torch.device
+        self,
+        untouched: Callable[[], nn.Module],
+        first_scores: Mapping[str, Any],
+        encoded: Encoded,
+        tokenizer: Any,
+        facts: Facts,
+        device: torch.device,
     ) -> dict[str, Any]:
-        """The honest rival: {"name": "the most frequent topic", "sentence": …, metrics…}; e.g. frozen encoder + logistic regression."""
+        """The honest rival: {"name", "sentence", metrics…}. `untouched` loads the base model once more, for rivals that need it;
+        `first_scores` are those of the run before its first step."""
         raise NotImplementedError
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:

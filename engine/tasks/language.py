@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from engine.core.recipe import Recipe
 from engine.io.facts import AUTO_CLASSES
 from engine.io.models import load_config, load_model, load_tokenizer, model_folder
 from engine.io.sources import model_fault
+from engine.starters import general_texts
 from engine.tasks.base import Encoded, Example, Predictor, Task
 from engine.tasks.batching import IGNORED, bucketed, measuring, moved, packed_batch, plain_batch, sliced, unpacked
 
+GENERAL_TOKENS = 96
 _EVAL_TOKENS = 8192  # of one evaluation batch, padding included
 
 
@@ -75,7 +77,9 @@ class LanguageTask(Task):
     def evaluate(
         self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
     ) -> dict[str, Any]:
-        return self.measure(model, encoded.holdout, tokenizer, device)
+        scores = self.measure(model, encoded.holdout, tokenizer, device)
+        general = self.measure(model, _general_examples(tokenizer), tokenizer, device)
+        return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
 
     def measure(
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
@@ -103,14 +107,19 @@ class LanguageTask(Task):
         }
 
     def baseline(
-        self, model: nn.Module, encoded: Encoded, tokenizer: Any, facts: Facts, device: torch.device
+        self,
+        untouched: Callable[[], nn.Module],
+        first_scores: Mapping[str, Any],
+        encoded: Encoded,
+        tokenizer: Any,
+        facts: Facts,
+        device: torch.device,
     ) -> dict[str, Any]:
-        scores = self.measure(model, encoded.holdout, tokenizer, device)
         sentence = (
-            f"Before training, the model gave each token of the held-out texts a loss of {scores['eval_loss']:.3f} "
-            f"(perplexity {scores['eval_perplexity']:.4g}); lower is better."
+            f"Before training, the model gave each token of the held-out texts a loss of {first_scores['eval_loss']:.3f} "
+            f"(perplexity {first_scores['eval_perplexity']:.4g}); lower is better."
         )
-        return {"name": "the same model before training", "sentence": sentence, **scores}
+        return {"name": "the same model before training", "sentence": sentence, **first_scores}
 
     def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
         return Writer(model, tokenizer)
@@ -118,6 +127,12 @@ class LanguageTask(Task):
     def export_model(self, model: nn.Module, tokenizer: Any, data: DataFacts, folder: Any) -> None:
         model.save_pretrained(Path(folder))  # type: ignore[operator]
         tokenizer.save_pretrained(Path(folder))
+
+
+def _general_examples(tokenizer: Any) -> list[Example]:
+    """The forgetting meter's fixed set: short plain-English paragraphs about everything, written for this studio, cut at 96 tokens."""
+    encoded = [tokenizer(text, add_special_tokens=True)["input_ids"][:GENERAL_TOKENS] for text in general_texts()]
+    return [Example(input_ids=ids, labels=list(ids), source=place) for place, ids in enumerate(encoded)]
 
 
 class Writer(Predictor):

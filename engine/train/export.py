@@ -37,7 +37,7 @@ NUM_REFERENCE = 32
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 
 
-def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
+def export(run: Run, ending: Ending) -> Path:
     """Write the artifact of a finished run beside its place, rename it, certify it, and return its folder."""
     used_best = run.load_best()
     final = {key: value for key, value in run.best.items() if key != "step"} if run.best else run.scores
@@ -63,6 +63,7 @@ def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
         run.task.export_model(run.model.float(), run.tokenizer, run.facts.data, beside / "merged")
         forms["merged"] = "transformers"
 
+    baseline = _baseline(run)
     description = describe(run, ending, final, baseline, samples, forms, used_best)
     write_json(beside / "artifact.json", description)
     (beside / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
@@ -77,6 +78,16 @@ def export(run: Run, ending: Ending, baseline: dict[str, Any]) -> Path:
         step=run.clock.step,
     )
     return folder
+
+
+def _baseline(run: Run) -> dict[str, Any]:
+    def untouched() -> torch.nn.Module:
+        facts = run.facts
+        model = run.task.load_model(facts.model, facts.data, dtype=torch.float32, seed=run.settings.seed)
+        return model.to(run.device)
+
+    with torch.random.fork_rng(devices=[]):
+        return run.task.baseline(untouched, run.first_scores, run.encoded, run.tokenizer, run.facts, run.device)
 
 
 def describe(

@@ -21,7 +21,7 @@ def train(run: Run) -> Ending:
     }
     run.model.train()
     if clock.step == 0:
-        run.evaluate()
+        run.look({}, run.evaluate())
         run.save()
 
     ending = (

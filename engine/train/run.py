@@ -181,6 +181,7 @@ class Run:
             "epoch": round(report.epoch, 6),
             "loss": float(report.loss),
             "grad_norm": float(report.grad_norm),
+            "weight": report.weight,
             "learning_rate": report.learning_rate,
             **{key: float(value) if isinstance(value, Tensor) else value for key, value in report.extra.items()},
             "seconds": round(self.clock.seconds, 4),
@@ -236,8 +237,8 @@ class Run:
         with self.autocast():
             scores = self.task.evaluate(self.model, self.encoded, self.tokenizer, self.recipe, self.device)
         self.scores = scores
-        better = bool(np.isfinite(scores["eval_loss"])) and scores["eval_loss"] < self.best.get(
-            "eval_loss", float("inf")
+        better = bool(np.isfinite(scores["eval_loss"])) and (
+            not self.best or self.task.goodness(scores) > self.task.goodness(self.best)
         )
         if better:
             self.best = {"step": self.clock.step, **scores}

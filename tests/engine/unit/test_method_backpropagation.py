@@ -38,7 +38,7 @@ class Copies(GradientRule):
 def run_of(tiny: Tiny, folder: Path, methods: list[tuple[str, dict[str, Any]]], *, task: str = "causal_lm", **settings: Any) -> Run:
     recipe = tiny.recipe(methods, task=task, **{"max_length": 128, **settings})
     lay(folder, recipe)
-    run, _ = prepare(require(recipe), folder, EventLog(folder), Control(folder))
+    run = prepare(require(recipe), folder, EventLog(folder), Control(folder))
     run.model.eval()  # no dropout: steps are compared number by number
     return run
 
