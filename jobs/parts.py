@@ -32,7 +32,7 @@ class Part:
         self.name, self.command, self.secret = name, list(command), secret
         self.process: subprocess.Popen[bytes] | None = None
         self.log = home() / "log" / f"{name}.log"
-        self._pause = 0.5
+        self._pause = 0.2
         self._since = 0.0
         self._retry_at = 0.0
 
@@ -51,10 +51,12 @@ class Part:
         now = time.monotonic()
         if self.process is None or self.process.poll() is None:
             if now - self._since > 60:
-                self._pause = 0.5
+                self._pause = 0.2
             return False
         if not self._retry_at:
-            self._retry_at, self._pause = now + self._pause, min(self._pause * 2, MAX_PAUSE)
+            self._retry_at = now + self._pause
+            if self.process.returncode != -signal.SIGKILL:  # killed from outside says nothing about the next start
+                self._pause = min(self._pause * 2, MAX_PAUSE)
         if now < self._retry_at:
             return False
         self._retry_at = 0.0

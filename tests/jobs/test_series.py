@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ def test_no_spike_vanishes(values: np.ndarray, points: int) -> None:
     if len(values) > points:
         buckets = max(1, points // 4)
         edges = np.linspace(0, len(values), buckets + 1).astype(int)
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
+        for low, high in itertools.pairwise(edges):
             inside = values[low:high][np.isfinite(values[low:high])]
             here = values[kept[(kept >= low) & (kept < high)]]
             if len(inside):
