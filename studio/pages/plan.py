@@ -1,0 +1,353 @@
+"""What the four steps of a new run show: choices that fit and why others do not, advice, estimate, faults at their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from django.contrib.auth.models import User
+
+from jobs import plain
+from jobs.access import datasets_for, models_for, parse_id
+from jobs.actions import Create
+from jobs.models import Dataset, ModelEntry
+from studio.pages import garden, words
+from studio.pages.dials import Field, render
+from studio.pages.draft import Draft
+
+STEPS = ("goal", "data", "how", "check")
+NUM_BASIC = 5
+_METHOD = re.compile(r"methods\[(\d+)\](?:\.params)?\.?(.*)")
+
+
+@dataclass
+class Choice:
+    """One thing to choose, and why not when it does not fit."""
+
+    value: str
+    title: str
+    sentence: str = ""
+    says: str = ""
+    fits: bool = True
+    why_not: str = ""
+    way_out: str = ""
+    extra: Any = None
+
+
+@dataclass
+class Group:
+    """Dials of one method, or of the run itself."""
+
+    title: str
+    sentence: str
+    fields: list[Field]
+    slug: str = ""
+
+
+@dataclass
+class Plan:
+    """A draft, seen with the rights of a person and judged by the engine."""
+
+    user: User
+    draft: Draft
+    unread: list[dict[str, str]] = field(default_factory=list)  # texts that are no values
+
+    # --- what is chosen ----------------------------------------------------------------------------------------------
+    @cached_property
+    def goal(self) -> dict[str, Any] | None:
+        return garden.goal(self.draft.goal)
+
+    @cached_property
+    def datasets(self) -> list[Dataset]:
+        return list(datasets_for(self.user).only("id", "name", "shape", "num_rows", "labels", "owner_id", "starter"))
+
+    @cached_property
+    def models(self) -> list[ModelEntry]:
+        return list(
+            models_for(self.user)
+            .only("id", "name", "sentence", "kind", "num_parameters", "source")
+            .order_by("num_parameters", "name")
+        )
+
+    @cached_property
+    def dataset(self) -> Dataset | None:
+        return next((row for row in self.datasets if row.pk == parse_id(self.draft.dataset)), None)
+
+    @cached_property
+    def model(self) -> ModelEntry | None:
+        return next((row for row in self.models if row.pk == parse_id(self.draft.model)), None)
+
+    @cached_property
+    def method(self) -> garden.Plant | None:
+        return garden.plant(self.draft.method)
+
+    def forget_what_no_longer_fits(self) -> None:
+        """A new goal may need other data, another model, another method."""
+        draft, goal = self.draft, self.goal
+        if goal is None:
+            draft.goal = ""
+            return
+        if self.dataset is None or self.dataset.shape not in goal["data_shapes"]:
+            draft.dataset = ""
+        if self.model is None or self.model.kind not in goal["model_kinds"]:
+            draft.model = ""
+        if self.method is None or not self.method.suits(draft.goal):
+            draft.method = ""
+        for name in ("dataset", "model", "method"):
+            self.__dict__.pop(name, None)
+
+    def step(self, asked: str = "") -> str:
+        """The step that is open: the one that was asked for, unless an earlier one is not done."""
+        draft = self.draft
+        done = {
+            "goal": bool(draft.goal),
+            "data": bool(draft.dataset),
+            "how": bool(draft.model and draft.method),
+            "check": False,
+        }
+        for step in STEPS:
+            if step == asked or not done[step]:
+                return step
+        return "check"
+
+    # --- choices -----------------------------------------------------------------------------------------------------
+    @property
+    def goals(self) -> list[Choice]:
+        titles = {shape["name"]: shape["title"] for shape in plain.shapes()}
+        return [
+            Choice(goal["name"], goal["title"], goal["sentence"],
+                   "Learns from: " + words.spoken([titles.get(name, name).lower() for name in goal["data_shapes"]], "or"))
+            for goal in garden.goals()
+        ]  # fmt: skip
+
+    @property
+    def data(self) -> list[Choice]:
+        choices = []
+        for row in self.datasets:
+            fits = self.goal is not None and row.shape in self.goal["data_shapes"]
+            labels = f", {words.count(len(row.labels), 'label')}" if row.labels else ""
+            says = f"{words.count(row.num_rows, 'row')}{labels} · {plain.shape_title(row.shape)}"
+            why = (
+                ""
+                if fits
+                else f"These rows are: {plain.shape_title(row.shape).lower()}. This goal learns from something else."
+            )
+            choices.append(Choice(str(row.pk), row.name, "Comes with the studio" if row.owner_id is None else "", says, fits, why,
+                                  "Open it to say which column is which."))  # fmt: skip
+        return sorted(choices, key=lambda choice: not choice.fits)
+
+    @property
+    def model_choices(self) -> list[Choice]:
+        choices = []
+        for row in self.models:
+            fits = self.goal is not None and row.kind in self.goal["model_kinds"]
+            wanted = words.spoken([_a(kind) for kind in self.goal["model_kinds"]], "or") if self.goal else ""
+            why = "" if fits else f"It is {_a(row.kind)}, and this goal needs {wanted}."
+            choices.append(
+                Choice(str(row.pk), row.name, row.sentence, f"{words.short(row.num_parameters)} numbers", fits, why)
+            )
+        return sorted(choices, key=lambda choice: not choice.fits)
+
+    @property
+    def shown_model(self) -> str:
+        """The model that stands there before anybody chose one."""
+        return self.draft.model or next((choice.value for choice in self.model_choices if choice.fits), "")
+
+    @cached_property
+    def methods(self) -> list[Choice]:
+        """The methods that say what learns: the recommended one first, the unfit ones last."""
+        found = [plant for plant in garden.plants() if plant.is_main]
+        choices = [self._choice(plant) for plant in found]
+        choices.sort(key=lambda choice: (not choice.fits, choice.extra.weight, choice.title))
+        fitting = [choice for choice in choices if choice.fits]
+        if fitting and self.verdicts:
+            best = fitting[0]
+            others = len(fitting) - 1
+            best.says = "It fits your data and model" + (
+                f", and asks for the least time and memory of the {len(fitting)} that do." if others else "."
+            )
+        return choices
+
+    @property
+    def shown_method(self) -> str:
+        return self.draft.method or next((choice.value for choice in self.methods if choice.fits), "")
+
+    def _choice(self, plant: garden.Plant) -> Choice:
+        verdict = self.verdicts.get(plant.slug)
+        fits = verdict["ok"] if verdict else plant.suits(self.draft.goal)
+        why, way_out = (verdict["why"], verdict["way_out"]) if verdict else ("It is made for another goal.", "")
+        return Choice(
+            plant.slug,
+            plant.title,
+            plant.pick_when,
+            fits=fits,
+            why_not="" if fits else why,
+            way_out="" if fits else way_out,
+            extra=plant,
+        )
+
+    @cached_property
+    def extras(self) -> list[dict[str, Any]]:
+        """The other places of a run, with who could stand there."""
+        standing = {item["slot"]: item["slug"] for item in self.composition if item["default"]}
+        groups = []
+        for slot in garden.slots():
+            found = [plant for plant in garden.plants() if slot["name"] in plant.slots and not plant.is_main]
+            found = [plant for plant in found if plant.slots[0] == slot["name"] and plant.suits(self.draft.goal)]
+            if slot["name"] == garden.MAIN_SLOT or not found:
+                continue
+            default = garden.plant(standing.get(slot["name"], ""))
+            default = default or next((plant for plant in found if plant.default), None)
+            if slot["arity"] == "one" and len(found) < 2:
+                continue
+            groups.append({
+                **slot, "one": slot["arity"] == "one", "default": default, "chosen": [plant.slug for plant in found if plant.slug in self.draft.extras],
+                "choices": [self._choice(plant) for plant in found if not (slot["arity"] == "one" and default and plant.slug == default.slug)],
+            })  # fmt: skip
+        return groups
+
+    # --- what the engine says ------------------------------------------------------------------------------------------
+    @cached_property
+    def _judged(self) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        """The engine's answer, and what is wrong. Nothing is asked before goal, data and a model are known."""
+        model = self.model or next((row for row in self.models if str(row.pk) == self.shown_model), None)
+        if self.goal is None or self.dataset is None or model is None:
+            return {}, []
+        create = Create(
+            owner=self.user, recipe=self.draft.recipe(), name=self.draft.name, dataset=self.dataset, model=model
+        )
+        try:
+            answer = create.inspect()
+        except plain.Refused as error:
+            return {}, plain.faults_of(error)
+        return answer, answer.get("faults", [])
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        return self._judged[0]
+
+    @property
+    def verdicts(self) -> dict[str, dict[str, Any]]:
+        return self.answer.get("verdicts", {})
+
+    @property
+    def composition(self) -> list[dict[str, Any]]:
+        return self.answer.get("composition", [])
+
+    @cached_property
+    def faults(self) -> list[dict[str, str]]:
+        """Everything that is wrong, at the place of the form where it can be mended."""
+        if not self.draft.complete:
+            return [*self.unread, *(fault for fault in self._judged[1] if not self.answer)]
+        found = [{**fault, "where": self.place(fault["where"])} for fault in self._judged[1]]
+        return [*self.unread, *(fault for fault in found if fault["where"] not in self.draft.typed)]
+
+    def place(self, where: str) -> str:
+        """From the engine's path into the recipe to the name of the field."""
+        match = _METHOD.match(where)
+        if not match:
+            return where
+        refs = self.draft.recipe()["methods"]
+        index, rest = int(match[1]), match[2]
+        slug = refs[index]["slug"] if index < len(refs) else ""
+        return f"params.{slug}.{rest}" if rest and rest != "slug" else f"method.{slug}"
+
+    @property
+    def suggestions(self) -> dict[str, tuple[Any, str]]:
+        return {
+            self.place(item["where"]): (item["value"], item["reason"]) for item in self.answer.get("suggestions", [])
+        }
+
+    # --- dials ---------------------------------------------------------------------------------------------------------
+    def _fields(self, dials: Iterable[Any], values: Mapping[str, Any]) -> list[Field]:
+        by_place: dict[str, list[Mapping[str, str]]] = {}
+        for fault in self.faults:
+            by_place.setdefault(fault["where"], []).append(fault)
+        return render(dials, values, self.suggestions, by_place, self.draft.typed)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """All dials: those of the run, then those of each method that stands in it."""
+        groups = [
+            Group(
+                "The run itself",
+                "What every training run shares.",
+                self._fields(garden.setting_dials(), self.draft.settings),
+            )
+        ]
+        composed = [item["slug"] for item in self.composition]
+        for slug in dict.fromkeys([*self.draft.slugs, *composed]):
+            plant = garden.plant(slug)
+            if plant is not None and plant.dials:
+                groups.append(
+                    Group(
+                        plant.title, plant.pick_when, self._fields(plant.dials, self.draft.params.get(slug, {})), slug
+                    )
+                )
+        return groups
+
+    @cached_property
+    def basic(self) -> list[Field]:
+        """The five dials that stand on the form at once: four of the run, one of the chosen method."""
+        run, *others = self.groups
+        own = next((group for group in others if group.slug == self.draft.method), None)
+        shared = [shown for shown in run.fields if shown.dial.tier == "basic"][: NUM_BASIC - 1]
+        return [*shared, *([shown for shown in own.fields if shown.dial.tier == "basic"][:1] if own else [])]
+
+    @cached_property
+    def expert(self) -> list[Group]:
+        """Everything else, by method."""
+        shown = {item.dial.where for item in self.basic}
+        groups = [
+            Group(g.title, g.sentence, [item for item in g.fields if item.dial.where not in shown], g.slug)
+            for g in self.groups
+        ]
+        return [group for group in groups if group.fields]
+
+    @property
+    def num_changed(self) -> int:
+        return sum(item.mine for group in self.expert for item in group.fields)
+
+    # --- words ---------------------------------------------------------------------------------------------------------
+    @property
+    def estimate(self) -> dict[str, Any]:
+        guess = self.answer.get("estimate") or {}
+        if not guess or self.faults:
+            return {}
+        total = self.model.num_parameters if self.model else 0
+        share = 100 * guess["num_trainable"] / total if total else None
+        return {
+            **guess, "about": words.duration(guess["seconds"]),
+            "span": f"{words.duration(guess['seconds_low'])} to {words.duration(guess['seconds_high'])}" if guess.get("seconds_high") else "",
+            "memory": words.size(guess["memory_bytes"]), "steps": words.count(guess["total_steps"], "step"),
+            "learns": "" if share is None else f"{words.number(min(share, 100.0), 2)} %",
+        }  # fmt: skip
+
+    @property
+    def recipe_text(self) -> str:
+        """The recipe as it would run, as YAML."""
+        try:
+            recipe = self.answer.get("recipe")
+            return plain.recipe_as_text({**recipe, **self._sources}) if recipe else ""
+        except plain.Refused:
+            return ""
+
+    @property
+    def _sources(self) -> dict[str, Any]:
+        """References in the words of the studio: a path of this machine is of no use elsewhere, and nobody's business."""
+        recipe = self.answer["recipe"]
+        return {
+            "data": {**recipe["data"], "source": f"dataset:{self.draft.dataset}"},
+            "model": {"source": f"model:{self.draft.model}"},
+        }
+
+    @property
+    def extra_titles(self) -> list[str]:
+        return [plant.title for slug in self.draft.extras if (plant := garden.plant(slug))]
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
