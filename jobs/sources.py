@@ -40,6 +40,8 @@ def resolve(
 
     Raises RecipeError with everything that is wrong about the references. What belongs to somebody else does not exist.
     """
+    if not isinstance(recipe, Mapping):
+        parse_recipe(recipe)  # says in a sentence what a recipe is
     asked = dict(recipe)
     if dataset is not None:
         asked["data"] = {**_mapping(asked.get("data")), "source": f"dataset:{dataset.pk}"}

@@ -11,6 +11,7 @@ from huey.contrib.djhuey import db_periodic_task, db_task
 
 from jobs import schedule, supervisor, wake
 from jobs.reconcile import reconcile
+from jobs.retention import prune_ended
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,14 @@ def reconcile_every_minute() -> None:
     """Find what was forgotten or lost."""
     for job_id in reconcile():
         send(job_id)
+
+
+@db_periodic_task(crontab(minute="17", hour="3"))
+def prune_every_night() -> None:
+    """Keep the database small; the logs keep everything."""
+    num = prune_ended()
+    if num:
+        logger.info("Removed %d old events of ended jobs from the database.", num)
 
 
 def enqueue(job_id: uuid.UUID) -> None:

@@ -16,19 +16,23 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
 
 import django
 
-django.setup()
 
-from django.contrib.auth.models import User
-from django.db import transaction
+def main() -> None:
+    django.setup()
+    from django.contrib.auth.models import User
+    from django.db import transaction
 
-from jobs import tasks
-from jobs.lifecycle import begin
-from jobs.models import Job
+    from jobs import tasks
+    from jobs.lifecycle import begin
+    from jobs.models import Job
 
-if __name__ == "__main__":
     recipe = json.load(sys.stdin)
     job = Job(id=uuid.uuid4(), owner=User.objects.get(is_superuser=True), name="Drill", request=recipe, recipe=recipe, fingerprint="0" * 64)
     with transaction.atomic():
         begin(job, "drill")
         tasks.enqueue(job.pk)
     print(job.pk)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -143,7 +144,7 @@ def test_thirty_kills_change_nothing(studio: Studio, tmp_path: Path, capsys: pyt
             targets = dice.choice(TARGETS) if num_kills < NUM_KILLS else ()
             if "child" in targets:
                 # A third death in a row without a new checkpoint rightly ends a run; that is another test.
-                wait(lambda: learning(studio, job))
+                wait(partial(learning, studio, job))
             time.sleep(dice.uniform(0.0, 0.6))
             for target in targets:
                 if studio.job(job, "status")[0] not in ENDS and kill(studio, job, target):

@@ -42,10 +42,10 @@ class Command(BaseCommand):
     def handle(self, *args: Any, **options: Any) -> None:
         host, port = options["host"], options["port"]
         address = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}/"
+        self._prepare(host, port)
         stopping = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: stopping.set())
-        self._prepare(host, port)
         call_command("migrate", verbosity=0, interactive=False)
         owner, password = starters.ensure_administrator()
         token = entry_token(owner) if host in LOOPBACK else ""
