@@ -43,9 +43,8 @@ class Classify(Task):
             folder, num_labels=len(names), id2label=names, label2id={label: place for place, label in names.items()}
         )
         config.problem_type = "single_label_classification"
-        config.get_text_config().pad_token_id = load_tokenizer(
-            folder
-        ).pad_token_id  # decoders find the last token of a text by it
+        # Decoders find the last token of a text by the pad token, so model and tokenizer must mean the same one.
+        config.get_text_config().pad_token_id = load_tokenizer(folder).pad_token_id
         same = {int(place): label for place, label in known.items()} == names
         model, fresh = load_model(
             folder, AUTO_CLASSES[self.name], dtype=dtype, config=config, seed=seed, renew_heads=not same
