@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from jobs.models import Dataset, Status
 from tests.jobs import api_kit as kit
 
 pytestmark = pytest.mark.django_db
-CANARY = Path("/tmp") / f"bonsai-canary-{os.getpid()}"
+CANARY = Path(tempfile.gettempdir()) / f"bonsai-canary-{os.getpid()}"
 
 
 class _Payload:
