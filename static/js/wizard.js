@@ -62,9 +62,12 @@ document.addEventListener("change", (event) => {
 });
 
 // A click on a card answers the question; arrow keys only move the choice, and Enter goes on.
+let advanced = 0;
 document.addEventListener("click", (event) => {
-  const radio = event.target.closest("#wizard [data-advance] input[type=radio]");
-  if (radio && event.detail === 0 && event.pointerType) wizardForm().querySelector('.step.open [value="next"]').click();
+  const card = event.target.closest("#wizard [data-advance] label.choice");
+  if (!card || event.detail === 0 || event.target.closest("a") || event.timeStamp - advanced < 500) return;
+  advanced = event.timeStamp;
+  setTimeout(() => wizardForm().querySelector('.step.open .actions [value="next"]').click()); // after the card is ticked
 });
 
 document.addEventListener("submit", (event) => {

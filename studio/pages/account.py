@@ -39,7 +39,10 @@ def _show(
 def _password_form(request: PageRequest, data: object = None) -> PasswordForm:
     """Who came in by the printed link may have no password yet, and then has none to repeat."""
     kind = PasswordChangeForm if request.user.has_usable_password() else SetPasswordForm
-    return kind(request.user, data)
+    form = kind(request.user, data)
+    for field in form.fields.values():
+        field.widget.attrs.pop("autofocus", None)  # the page is about more than the password
+    return form
 
 
 @never_cache

@@ -36,7 +36,8 @@ def data(request: PageRequest) -> HttpResponse:
             return JsonResponse({"next": address}, status=201) if wants_json else HttpResponseRedirect(address)
         if wants_json:
             return JsonResponse({"faults": faults}, status=422)
-    rows = list(datasets_for(request.user).annotate(num_runs=Count("jobs")).defer("preview", "findings", "facts"))
+    visible = datasets_for(request.user).annotate(num_runs=Count("jobs")).defer("preview", "findings", "facts")
+    rows = sorted(visible, key=lambda row: row.owner_id is None)  # one's own first; each part newest first
     room = datasets.usage(request.user)
     return render(request, "pages/data.html", {
         "rows": rows, "own": [row for row in rows if row.owner_id == request.user.pk], "faults": faults, "formats": FORMATS,

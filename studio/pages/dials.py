@@ -14,6 +14,8 @@ from typing import Any
 
 from django.http import QueryDict
 
+from studio.pages import words
+
 EMPTY: Any = object()  # a schema without a default
 
 
@@ -72,7 +74,7 @@ class Dial:
         """The range in words."""
         if self.low is None or self.high is None:
             return ""
-        return f"From {text_of(self.low)} to {text_of(self.high)}."
+        return f"From {words.number(self.low)} to {words.number(self.high)}."
 
     def _items(self) -> Mapping[str, Any]:
         return next((branch.get("items", {}) for branch in self.branches if branch.get("type") == "array"), {})

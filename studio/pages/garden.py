@@ -65,8 +65,17 @@ class Plant:
 
 
 def plants() -> list[Plant]:
-    """All methods, by family and title."""
-    return sorted(map(Plant, catalogue()["methods"]), key=lambda plant: (plant.family.lower(), plant.title.lower()))
+    """All methods, in the order of the slots they fill, then by family and title."""
+    order = {slot["name"]: number for number, slot in enumerate(slots())}
+    found = map(Plant, catalogue()["methods"])
+    return sorted(
+        found,
+        key=lambda plant: (
+            min((order[slot] for slot in plant.slots), default=len(order)),
+            plant.family.lower(),
+            plant.title.lower(),
+        ),
+    )
 
 
 def plant(slug: str) -> Plant | None:

@@ -31,16 +31,19 @@ def home(request: PageRequest) -> HttpResponse:
     mine = jobs_for(request.user).filter(owner=request.user)
     ended = list(mine.filter(status__in=TERMINAL).select_related("artifact").order_by("-ended_at")[:5])
     waiting = list(mine.filter(status__in=[Status.QUEUED, Status.PAUSED, Status.LOST]).order_by("queued_at")[:4])
-    starters = (
-        list(datasets_for(request.user).filter(owner=None).only("name", "shape", "num_rows")[:3])
-        if not ended and not live
-        else []
-    )
+    starters = _starters(request.user) if not ended and not live else []
     uploaded = bool(ended) or Dataset.objects.filter(owner=request.user).exists()
     return render(request, "pages/home.html", {
         **_live_context(live), "ended": ended, "waiting": waiting, "starters": starters, "uploaded": uploaded,
         "newcomer": not (ended or waiting or live),
     })  # fmt: skip
+
+
+def _starters(user: User) -> list[Dataset]:
+    """Data sets that come along and that some model here can learn from."""
+    kinds = set(models_for(user).values_list("kind", flat=True))
+    shapes = {shape for goal in garden.goals() if kinds & set(goal["model_kinds"]) for shape in goal["data_shapes"]}
+    return list(datasets_for(user).filter(owner=None, shape__in=shapes).only("name", "shape", "num_rows")[:3])
 
 
 @login_required

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from jobs.access import datasets_for, models_for, parse_id
 from jobs.actions import Create
 from jobs.models import Dataset, ModelEntry
 from studio.pages import garden, words
-from studio.pages.dials import Field, render
+from studio.pages.dials import Dial, Field, render
 from studio.pages.draft import Draft
 
 STEPS = ("goal", "data", "how", "check")
@@ -114,14 +114,20 @@ class Plan:
         return "check"
 
     # --- choices -----------------------------------------------------------------------------------------------------
-    @property
+    @cached_property
     def goals(self) -> list[Choice]:
+        """The goals; those first for which there are data and a model already."""
         titles = {shape["name"]: shape["title"] for shape in plain.shapes()}
-        return [
-            Choice(goal["name"], goal["title"], goal["sentence"],
-                   "Learns from: " + words.spoken([titles.get(name, name).lower() for name in goal["data_shapes"]], "or"))
-            for goal in garden.goals()
-        ]  # fmt: skip
+        choices = []
+        for goal in garden.goals():
+            learns = words.spoken([titles.get(name, name).lower() for name in goal["data_shapes"]], "or")
+            fitting = [row for row in self.datasets if row.shape in goal["data_shapes"]]
+            lacks = [] if any(row.kind in goal["model_kinds"] for row in self.models) else ["a model that can do this"]
+            lacks = ["such data", *lacks] if not fitting else lacks
+            says = f"Learns from {learns}." + (f" You would have to bring {words.spoken(lacks)}." if lacks else "")
+            own = any(row.owner_id == self.user.pk for row in fitting)
+            choices.append(Choice(goal["name"], goal["title"], goal["sentence"], says, extra=(len(lacks), not own)))
+        return sorted(choices, key=lambda choice: choice.extra)
 
     @property
     def data(self) -> list[Choice]:
@@ -212,13 +218,14 @@ class Plan:
     # --- what the engine says ------------------------------------------------------------------------------------------
     @cached_property
     def _judged(self) -> tuple[dict[str, Any], list[dict[str, str]]]:
+        return self._ask(self.draft)
+
+    def _ask(self, draft: Draft) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """The engine's answer, and what is wrong. Nothing is asked before goal, data and a model are known."""
         model = self.model or next((row for row in self.models if str(row.pk) == self.shown_model), None)
         if self.goal is None or self.dataset is None or model is None:
             return {}, []
-        create = Create(
-            owner=self.user, recipe=self.draft.recipe(), name=self.draft.name, dataset=self.dataset, model=model
-        )
+        create = Create(owner=self.user, recipe=draft.recipe(), name=draft.name, dataset=self.dataset, model=model)
         try:
             answer = create.inspect()
         except plain.Refused as error:
@@ -242,8 +249,27 @@ class Plan:
         """Everything that is wrong, at the place of the form where it can be mended."""
         if not self.draft.complete:
             return [*self.unread, *(fault for fault in self._judged[1] if not self.answer)]
-        found = [{**fault, "where": self.place(fault["where"])} for fault in self._judged[1]]
-        return [*self.unread, *(fault for fault in found if fault["where"] not in self.draft.typed)]
+        found = [self._at_home(fault) for fault in self._judged[1]]
+        return [*map(self._at_home, self.unread), *(fault for fault in found if fault["where"] not in self.draft.typed)]
+
+    def _at_home(self, fault: dict[str, str]) -> dict[str, str]:
+        """The fault with the words and the anchor of its field."""
+        where = self.place(fault["where"])
+        dial = self._dials.get(where)
+        if dial is None:
+            return {**fault, "where": where}
+        what = fault["what"].replace(f"'{dial.name}'", f"“{dial.label}”")
+        return {**fault, "where": where, "what": what, "anchor": Field(dial=dial).identifier}
+
+    @cached_property
+    def _dials(self) -> dict[str, Dial]:
+        """Every dial that a fault can point to, by its place in the form."""
+        named = dict.fromkeys([*self.draft.slugs, *self.draft.params])
+        found = [
+            *garden.setting_dials(),
+            *(dial for slug in named if (plant := garden.plant(slug)) for dial in plant.dials),
+        ]
+        return {dial.where: dial for dial in found}
 
     def place(self, where: str) -> str:
         """From the engine's path into the recipe to the name of the field."""
@@ -255,11 +281,17 @@ class Plan:
         slug = refs[index]["slug"] if index < len(refs) else ""
         return f"params.{slug}.{rest}" if rest and rest != "slug" else f"method.{slug}"
 
-    @property
+    @cached_property
     def suggestions(self) -> dict[str, tuple[Any, str]]:
-        return {
-            self.place(item["where"]): (item["value"], item["reason"]) for item in self.answer.get("suggestions", [])
-        }
+        """Advice by field. The engine advises only on what is sound, so while something is wrong it is asked without that."""
+        answer, draft = self.answer, self.draft
+        if draft.complete and self.faults and not answer.get("suggestions"):
+            sound = {slug: dict(params) for slug, params in draft.params.items()}
+            draft = replace(draft, settings=dict(draft.settings), params=sound, typed={})
+            for fault in self.faults:
+                draft.put_back(fault["where"])
+            answer, _ = self._ask(draft)
+        return {self.place(item["where"]): (item["value"], item["reason"]) for item in answer.get("suggestions", [])}
 
     # --- dials ---------------------------------------------------------------------------------------------------------
     def _fields(self, dials: Iterable[Any], values: Mapping[str, Any]) -> list[Field]:

@@ -15,7 +15,7 @@ def number(value: float | int | None, digits: int = 3) -> str:
         return f"{int(value):,}"
     if value == 0:
         return "0"
-    if abs(value) < 0.001 or abs(value) >= 1e6:
+    if abs(value) < 0.001 or (abs(value) >= 1e6 and not float(value).is_integer()):
         mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
         plain = f"{value:.10f}".rstrip("0")
         return (

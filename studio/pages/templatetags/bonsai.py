@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
 from django import template
 from django.templatetags.static import static
+from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.text import slugify
+from django.utils.timesince import timesince
 
 from jobs.models import Job, Status
 from studio.pages import words
+from studio.pages.dials import Dial, text_of
 from studio.pages.glossary import GLOSSARY
 
 register = template.Library()
@@ -35,6 +39,18 @@ def counted(value: int | None, noun: str) -> str:
 
 
 @register.filter
+def setting_words(value: Any) -> str:
+    """The value of a dial for a reader: yes, no, a number, a dash for none."""
+    return {"true": "yes", "false": "no", "": "–"}.get(text_of(value), text_of(value))
+
+
+@register.filter
+def other_choices(dial: Dial) -> list[str]:
+    """What else a dial offers besides its default."""
+    return [setting_words(choice) for choice in dial.choices if choice != dial.default]
+
+
+@register.filter
 def get(mapping: Any, key: Any) -> Any:
     """{{ mapping|get:key }}, empty when there is none."""
     return mapping.get(key, "") if hasattr(mapping, "get") else ""
@@ -44,6 +60,14 @@ def get(mapping: Any, key: Any) -> Any:
 def percent(part: float | int | None, whole: float | int | None = 1) -> int:
     """A share of 100, rounded."""
     return round(100 * (part or 0) / whole) if whole else 0
+
+
+@register.filter
+def ago(moment: datetime | None) -> str:
+    """How long ago, to one unit: "just now", "3 hours ago"."""
+    if moment is None:
+        return ""
+    return "just now" if timezone.now() - moment < timedelta(minutes=1) else f"{timesince(moment, depth=1)} ago"
 
 
 @register.simple_tag
@@ -77,7 +101,7 @@ def term(context: template.RequestContext, name: str, shown: str = "") -> SafeSt
     )  # fmt: skip
 
 
-COST_WORDS = {"time": "time", "memory": "memory", "size": "size of the result"}
+COST_WORDS = {"time": "time", "memory": "memory", "size": "size"}
 
 
 @register.simple_tag
@@ -119,9 +143,9 @@ def plant(cost: dict[str, int] | None, slug: str = "") -> SafeString:
     grain = zlib.crc32(slug.encode())
     lean = 1 if grain % 2 else -1
     sway = 2 + grain // 2 % 4
-    pot = 18 + 7 * cost["size"]
-    rise = 18 + 7.5 * cost["time"]
-    crown = 17 + 6 * cost["memory"]
+    pot = 26 + 7 * cost["size"]
+    rise = 27 + 8.5 * cost["time"]
+    crown = 25 + 6.5 * cost["memory"]
     ground = 86.0
     top = ground - rise
     parts = [
