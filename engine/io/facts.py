@@ -1,10 +1,9 @@
-"""Facts about models, data and this machine, gathered without loading a weight. Importing this module loads no torch; asking for a model does."""
+"""Facts about models, data and this machine, gathered without loading a weight. Importing this module loads no torch; asking does."""
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,7 @@ def model_facts(source: str, *, task: str | None = None) -> ModelFacts:
 @functools.lru_cache(maxsize=64)
 def _model_facts(source: str, path: str, task: str | None, stamp: tuple[Any, ...]) -> ModelFacts:
     from engine.io.models import load_config
+    from engine.io.skeleton import kind_of, max_positions, names_and_shapes, skeleton_of
 
     folder = Path(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -67,9 +67,9 @@ def _model_facts(source: str, path: str, task: str | None, stamp: tuple[Any, ...
                           "Copy the tokenizer files of the model into its folder.", "no_tokenizer")  # fmt: skip
     header = _header(folder, source)
     config = load_config(folder)
-    kind = _kind(config)
-    skeleton = _skeleton(config, AUTO_CLASSES.get(task or "", _BY_KIND[kind]))
-    tensors, linears = _names(skeleton, header)
+    kind = kind_of(config)
+    skeleton = skeleton_of(config, AUTO_CLASSES.get(task or "", _BY_KIND[kind]))
+    tensors, linears = names_and_shapes(skeleton, header)
     floats = [info for info in header.values() if info.is_float]
     sizes: dict[str, int] = {}
     for info in floats:
@@ -79,7 +79,7 @@ def _model_facts(source: str, path: str, task: str | None, stamp: tuple[Any, ...
         source=source, path=path, family=str(config.model_type), kind=kind, architecture=(config.architectures or [type(skeleton).__name__])[0],
         num_parameters=sum(sizes.values()), num_layers=int(getattr(text, "num_hidden_layers", 0) or 0),
         hidden_size=int(getattr(text, "hidden_size", 0) or 0), vocab_size=int(getattr(text, "vocab_size", 0) or 0),
-        max_positions=_max_positions(text, skeleton), dtype=max(sizes, key=lambda name: sizes[name], default="F32"),
+        max_positions=max_positions(text, skeleton), dtype=max(sizes, key=lambda name: sizes[name], default="F32"),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), has_chat_template=_has_chat_template(folder),
         tensors=tensors, linears=linears,
     )  # fmt: skip
@@ -127,80 +127,10 @@ def _header(folder: Path, source: str) -> dict[str, TensorInfo]:
     return found
 
 
-def _kind(config: Any) -> str:
-    from transformers.models.auto import modeling_auto as auto
-
-    if config.is_encoder_decoder:
-        return "encoder-decoder"
-    masked, causal = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if config.model_type in causal and (config.model_type not in masked or getattr(config, "is_decoder", False)):
-        return "decoder"
-    return "encoder"
-
-
-def _skeleton(config: Any, auto_class: str) -> Any:
-    """The model without memory for its weights: only names and shapes."""
-    import torch
-    import transformers
-
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return getattr(transformers, auto_class).from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise model_fault(f"A {config.model_type} model cannot be used for this goal.", f"There is no {auto_class} for it.",
-                          "Choose another model, or another goal.", "wrong_model_kind") from error  # fmt: skip
-
-
-def _names(
-    skeleton: Any, header: dict[str, TensorInfo]
-) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
-    """Parameters that the files hold, and the ordinary linear layers among them, without output layers and task heads."""
-    from torch import nn
-
-    prefix = f"{skeleton.base_model_prefix}."
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    stored = {name.replace(".gamma", ".weight").replace(".beta", ".bias") for name in header}
-    known = {
-        name for name in shapes if name in stored or name.removeprefix(prefix) in stored or prefix + name in stored
-    }
-    if len(known) * 2 < len(shapes):
-        known = {
-            name for name in shapes if name.startswith(prefix)
-        }  # transformers renames this family's tensors while it loads them
-    output = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
-    linears = {
-        name: (module.out_features, module.in_features)
-        for name, module in skeleton.named_modules()
-        if type(module) is nn.Linear and module is not output and name.startswith(prefix) and f"{name}.weight" in known
-    }
-    inside = {name for name in known if name.startswith(prefix)}
-    heads = (
-        known - inside if output is not None else set()
-    )  # a classifier belongs to its labels, so it is never part of the base
-    return {name: shapes[name] for name in shapes if name in inside | heads}, linears
-
-
 def _count(info: TensorInfo) -> int:
     from math import prod
 
     return prod(info.shape)
-
-
-def _max_positions(config: Any, skeleton: Any) -> int:
-    named = next(
-        (
-            getattr(config, name)
-            for name in ("max_position_embeddings", "n_positions", "max_seq_len")
-            if getattr(config, name, None)
-        ),
-        0,
-    )
-    for name, module in skeleton.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return (
-                int(module.num_embeddings) - int(module.padding_idx) - 1
-            )  # such models count positions from behind the pad token
-    return int(named) or 512
 
 
 def _has_chat_template(folder: Path) -> bool:
@@ -260,67 +190,8 @@ def _starter_data(name: str) -> tuple[Path, dict[str, str]]:
     return folder / entries[name]["file"], dict(entries[name]["columns"])
 
 
-# ── this machine ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def machine_facts() -> MachineFacts:
-    """The device a run would use. Asks the driver, not CUDA, so that this process may still fork."""
-    import torch
+    """The device a run would use."""
+    from engine.io.machine import this_machine
 
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    if torch.cuda.is_available():
-        name, memory, capability = _gpu()
-        return MachineFacts(
-            device="cuda",
-            device_name=name,
-            memory_bytes=memory,
-            num_threads=torch.get_num_threads(),
-            has_bf16=capability >= 8,
-        )
-    flags = _cpu_line("flags")
-    return MachineFacts(device="cpu", device_name=_cpu_line("model name") or "CPU", memory_bytes=_memory(), num_threads=torch.get_num_threads(),
-                        has_bf16="avx512_bf16" in flags or "amx_bf16" in flags)  # fmt: skip
-
-
-def _gpu() -> tuple[str, int, int]:
-    """Name, memory and major compute capability of the first visible GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(visible))
-                if visible.isdigit()
-                else pynvml.nvmlDeviceGetHandleByUUID(visible)
-            )
-            name = pynvml.nvmlDeviceGetName(handle)
-            memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
-            return str(name), memory, int(pynvml.nvmlDeviceGetCudaComputeCapability(handle)[0])
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # a container without the management library: ask CUDA itself
-        import torch
-
-        seen = torch.cuda.get_device_properties(0)
-        return str(seen.name), int(seen.total_memory), int(seen.major)
-
-
-def _memory() -> int:
-    """Memory that this process may use: the machine's, or less where a control group says so."""
-    import psutil
-
-    total = int(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
-    return min(total, int(text)) if text.isdigit() else total
-
-
-@functools.cache
-def _cpu_line(key: str) -> str:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.partition(":")[0].strip() == key), "")
+    return this_machine()

@@ -59,6 +59,7 @@ def at_line(line: int, what: str, why: str, way_out: str, code: str) -> Fault:
 
 
 def not_utf8(line: int, error: UnicodeDecodeError) -> Fault:
+    """A byte that no UTF-8 text holds."""
     return at_line(
         line,
         f"the byte {error.object[error.start]:#04x} is not UTF-8 text.",
@@ -69,6 +70,7 @@ def not_utf8(line: int, error: UnicodeDecodeError) -> Fault:
 
 
 def long_line(line: int) -> Fault:
+    """A line beyond the limit."""
     return at_line(
         line,
         f"it is longer than {MAX_LINE_BYTES / 1e6:g} MB.",
@@ -79,6 +81,7 @@ def long_line(line: int) -> Fault:
 
 
 def long_cell(line: int, column: str) -> Fault:
+    """A cell beyond the limit; without a column it is the one that starts in this line."""
     name = f"the cell '{column}'" if column else "a cell that starts here"
     return at_line(
         line,
@@ -90,6 +93,7 @@ def long_cell(line: int, column: str) -> Fault:
 
 
 def too_deep(line: int) -> Fault:
+    """Lists and objects inside each other without end."""
     return at_line(
         line,
         f"values lie more than {MAX_DEPTH} levels inside each other.",

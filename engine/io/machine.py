@@ -1,0 +1,69 @@
+"""The machine that a run would use: its device, memory and number formats."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from engine.core.facts import MachineFacts
+
+
+def this_machine() -> MachineFacts:
+    """The device a run would use. Asks the driver, not CUDA, so that this process may still fork."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if torch.cuda.is_available():
+        name, memory, capability = _gpu()
+        return MachineFacts(
+            device="cuda",
+            device_name=name,
+            memory_bytes=memory,
+            num_threads=torch.get_num_threads(),
+            has_bf16=capability >= 8,
+        )
+    flags = _cpu_line("flags")
+    return MachineFacts(device="cpu", device_name=_cpu_line("model name") or "CPU", memory_bytes=_memory(), num_threads=torch.get_num_threads(),
+                        has_bf16="avx512_bf16" in flags or "amx_bf16" in flags)  # fmt: skip
+
+
+def _gpu() -> tuple[str, int, int]:
+    """Name, memory and major compute capability of the first visible GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            handle = (
+                pynvml.nvmlDeviceGetHandleByIndex(int(visible))
+                if visible.isdigit()
+                else pynvml.nvmlDeviceGetHandleByUUID(visible)
+            )
+            name = pynvml.nvmlDeviceGetName(handle)
+            memory = int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+            return str(name), memory, int(pynvml.nvmlDeviceGetCudaComputeCapability(handle)[0])
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # a container without the management library: ask CUDA itself
+        seen = torch.cuda.get_device_properties(0)
+        return str(seen.name), int(seen.total_memory), int(seen.major)
+
+
+def _memory() -> int:
+    """Memory that this process may use: the machine's, or less where a control group says so."""
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
+
+
+@functools.cache
+def _cpu_line(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.partition(":")[0].strip() == key), "")
