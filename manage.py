@@ -10,7 +10,9 @@ def main() -> None:
     try:
         from django.core.management import execute_from_command_line
     except ModuleNotFoundError:
-        sys.exit("Django is not installed in this Python. Run `make start`, which makes the environment and starts the studio in it.")
+        sys.exit(
+            "Django is not installed in this Python. Run `make start`, which makes the environment and starts the studio in it."
+        )
     execute_from_command_line(sys.argv)
 
 

@@ -58,7 +58,9 @@ class JobAction:
             self.job.refresh_from_db()
             sentence = self.check(user)
             if sentence:
-                raise ActionRefused(sentence, "forbidden" if not may_change(user, self.job.owner_id) else "not_possible")
+                raise ActionRefused(
+                    sentence, "forbidden" if not may_change(user, self.job.owner_id) else "not_possible"
+                )
             try:
                 self.perform(user.get_username())
             except Overtaken:
@@ -109,7 +111,11 @@ class StopAndKeep(_Stop):
     """End now and keep what was learned as the result."""
 
     slug, title = "stop", "Stop and keep"
-    request, weaker, progressive = "stop", frozenset({"pause"}), "Stops at the next step and exports what it has learned."
+    request, weaker, progressive = (
+        "stop",
+        frozenset({"pause"}),
+        "Stops at the next step and exports what it has learned.",
+    )
 
 
 class Cancel(_Stop):
@@ -123,7 +129,9 @@ class Cancel(_Stop):
 
     def perform(self, by: str) -> None:
         if self.job.status in WAITING:
-            started = "before it started" if self.job.status == Status.QUEUED and not self.job.attempt else "while it waited"
+            started = (
+                "before it started" if self.job.status == Status.QUEUED and not self.job.attempt else "while it waited"
+            )
             transition(self.job, Status.CANCELLED, by, message=f"Cancelled {started}.")
         else:
             super().perform(by)
@@ -137,7 +145,9 @@ class Resume(JobAction):
     def obstacle(self) -> str | None:
         if self.job.status == Status.PAUSED:
             return None
-        return "Only a paused job can be resumed." + (" Use “Again” for a new run." if self.job.status in TERMINAL else "")
+        return "Only a paused job can be resumed." + (
+            " Use “Again” for a new run." if self.job.status in TERMINAL else ""
+        )
 
     def perform(self, by: str) -> None:
         transition(self.job, Status.QUEUED, by, "resumed", message="Waits for its turn to go on.")
@@ -183,7 +193,13 @@ class Again(JobAction):
         return self._create(user).execute(user)
 
     def _create(self, user: Person) -> Create:
-        return Create(owner=user, name=self.job.name, recipe=self.job.request, again_of=self.job, idempotency_key=self.idempotency_key)
+        return Create(
+            owner=user,
+            name=self.job.name,
+            recipe=self.job.request,
+            again_of=self.job,
+            idempotency_key=self.idempotency_key,
+        )
 
 
 @dataclass(kw_only=True)
@@ -237,10 +253,20 @@ class Create:
         if answer["faults"]:
             raise RecipeError([Fault(**fault) for fault in answer["faults"]])
         job = Job(
-            id=uuid.uuid4(), owner_id=cast(int, self.owner.pk), name=resolved.name, dataset=resolved.dataset, model=resolved.model,
-            again_of=self.again_of, request=resolved.request, recipe=answer["recipe"], suggestions=answer.get("suggestions", []),
-            estimate=answer.get("estimate", {}), fingerprint=answer["fingerprint"], idempotency_key=self.idempotency_key,
-            priority=self.priority, total_steps=answer.get("estimate", {}).get("total_steps") or 0,
+            id=uuid.uuid4(),
+            owner_id=cast(int, self.owner.pk),
+            name=resolved.name,
+            dataset=resolved.dataset,
+            model=resolved.model,
+            again_of=self.again_of,
+            request=resolved.request,
+            recipe=answer["recipe"],
+            suggestions=answer.get("suggestions", []),
+            estimate=answer.get("estimate", {}),
+            fingerprint=answer["fingerprint"],
+            idempotency_key=self.idempotency_key,
+            priority=self.priority,
+            total_steps=answer.get("estimate", {}).get("total_steps") or 0,
         )
         try:
             with transaction.atomic():

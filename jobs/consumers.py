@@ -90,7 +90,9 @@ class JobConsumer(AsyncWebsocketConsumer):
         """Logged in still, and allowed to see this job: asked anew each time, for sessions end and rights change."""
         user = self.scope["user"]
         key = getattr(self.scope.get("session"), "session_key", None)
-        if not user.is_authenticated or (key and not Session.objects.filter(pk=key, expire_date__gt=timezone.now()).exists()):
+        if not user.is_authenticated or (
+            key and not Session.objects.filter(pk=key, expire_date__gt=timezone.now()).exists()
+        ):
             return False
         fresh = get_user_model().objects.filter(pk=user.pk, is_active=True).first()
         return fresh is not None and jobs_for(fresh).filter(pk=self.job_id).exists()

@@ -28,7 +28,9 @@ def places() -> tuple[Place, ...]:
     """The devices of this machine. BONSAI_WORKER gives them a prefix where several machines share one database."""
     prefix = os.environ.get("BONSAI_WORKER", "")
     found = _gpus() or [Place("cpu", platform.processor() or platform.machine(), psutil.virtual_memory().total)]
-    return tuple(Place(f"{prefix}/{place.name}" if prefix else place.name, place.title, place.memory_bytes) for place in found)
+    return tuple(
+        Place(f"{prefix}/{place.name}" if prefix else place.name, place.title, place.memory_bytes) for place in found
+    )
 
 
 def register() -> None:

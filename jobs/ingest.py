@@ -35,7 +35,9 @@ class Taken:
 
 @dataclass
 class _Batch:
-    rows: list[tuple[int, str, int, float, str]] = field(default_factory=list)  # log_seq, kind, step, time, data as JSON
+    rows: list[tuple[int, str, int, float, str]] = field(
+        default_factory=list
+    )  # log_seq, kind, step, time, data as JSON
     changes: dict[str, Any] = field(default_factory=dict)
     taken: Taken = field(default_factory=Taken)
 
@@ -95,7 +97,8 @@ class Ingester:
         highest = max([self.log_seq, *(row[0] for row in batch.rows)])
         with transaction.atomic():
             moved = Job.objects.filter(pk=self.job_id, lease_epoch=self.epoch, log_offset=self.offset).update(
-                last_seq=F("last_seq") + num, log_offset=offset, log_seq=highest, **batch.changes)
+                last_seq=F("last_seq") + num, log_offset=offset, log_seq=highest, **batch.changes
+            )
             if not moved:
                 self._catch_up()
                 return False
@@ -119,7 +122,11 @@ def _note(batch: _Batch, kind: str, step: int, data: dict[str, Any]) -> None:
         row = data["rows"][-1]
         changes |= {"loss": row.get("loss"), "done_steps": row.get("step", step)}
     elif kind == "progress":
-        changes |= {"done_steps": data.get("done_steps", step), "total_steps": data.get("total_steps", 0), "eta_seconds": data.get("eta_seconds")}
+        changes |= {
+            "done_steps": data.get("done_steps", step),
+            "total_steps": data.get("total_steps", 0),
+            "eta_seconds": data.get("eta_seconds"),
+        }
     elif kind == "evaluation":
         changes["metrics"] = {**data, "step": step}
     elif kind == "signal":
@@ -144,4 +151,6 @@ def _insert(job_id: Any, first: int, rows: list[tuple[int, str, int, float, str]
         for index, (log_seq, kind, step, moment, data) in enumerate(rows)
     ]
     with connection.cursor() as cursor:
-        cursor.executemany(f"INSERT INTO {connection.ops.quote_name(Event._meta.db_table)} ({names}) VALUES ({marks})", values)
+        cursor.executemany(
+            f"INSERT INTO {connection.ops.quote_name(Event._meta.db_table)} ({names}) VALUES ({marks})", values
+        )

@@ -85,18 +85,33 @@ def start(job: Job, folder: Path) -> Child:
 def has_begun(job: Job, folder: Path) -> bool:
     """Whether the child of this very attempt was started earlier, whatever became of it."""
     return job.child_pid is not None or (
-        (folder / RESULT).exists() and read_json(folder / "attempt.json").get("attempt") == job.attempt)
+        (folder / RESULT).exists() and read_json(folder / "attempt.json").get("attempt") == job.attempt
+    )
 
 
 def _spawn(folder: Path, gpu: str | None) -> Child:
     threads = os.environ.get("BONSAI_THREADS") or str(os.cpu_count() or 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive",
-                   "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": gpu or "", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": gpu or "",
+        "PYTHONPATH": str(ROOT),
+    }
     environment.pop("DJANGO_SETTINGS_MODULE", None)
     environment.pop("BONSAI_SECRET_KEY", None)
     with (folder / "child.log").open("ab") as output:
-        process = subprocess.Popen([sys.executable, "-m", "engine", "run", str(folder)], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine", "run", str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     return Child(process.pid, process_start(process.pid) or 0, process)
 
 

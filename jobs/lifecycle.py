@@ -77,7 +77,14 @@ def transition(
         if not rows.update(status=to, last_seq=F("last_seq") + 1, **values):
             raise _why_not(job.pk, old, epoch)
         job.refresh_from_db()
-        data = {"from": old.value, "to": to.value, "by": by, "reason": reason, "message": message, "attempt": job.attempt}
+        data = {
+            "from": old.value,
+            "to": to.value,
+            "by": by,
+            "reason": reason,
+            "message": message,
+            "attempt": job.attempt,
+        }
         Event.objects.create(job=job, seq=job.last_seq, kind="status", step=job.done_steps, time=time.time(), data=data)
         wake.ring_on_commit(str(job.pk))
     return job
@@ -95,8 +102,16 @@ def _consequences(job: Job, to: Status) -> dict[str, Any]:
         values["ended_at"] = now
     if to not in ACTIVE and to is not Status.LOST:
         # Nobody works on it any more. Raising the epoch shuts out a worker that has not noticed.
-        values |= {"lease_owner": "", "lease_until": None, "lease_epoch": F("lease_epoch") + 1, "child_pid": None, "child_started": None,
-                   "device": "", "stop_request": "", "eta_seconds": None}
+        values |= {
+            "lease_owner": "",
+            "lease_until": None,
+            "lease_epoch": F("lease_epoch") + 1,
+            "child_pid": None,
+            "child_started": None,
+            "device": "",
+            "stop_request": "",
+            "eta_seconds": None,
+        }
     return values
 
 

@@ -13,15 +13,22 @@ class Dataset(models.Model):
     """An uploaded file, exactly as it came, with what a look at it told. Without an owner it is a starter that everyone sees."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, null=True, blank=True, on_delete=models.CASCADE, related_name="datasets")
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, null=True, blank=True, on_delete=models.CASCADE, related_name="datasets"
+    )
     name = models.CharField(max_length=200)
-    starter = models.CharField(max_length=100, blank=True, help_text="Name of the starter data set, for those that come with the studio.")
+    starter = models.CharField(
+        max_length=100, blank=True, help_text="Name of the starter data set, for those that come with the studio."
+    )
     path = models.CharField(max_length=1000, editable=False)
     format = models.CharField(max_length=10)
     bytes = models.BigIntegerField(default=0)
     sha256 = models.CharField(max_length=64)
     num_rows = models.IntegerField(default=0)
-    shape = models.CharField(max_length=30, help_text="What kind of rows these are: classification, messages, instruction, text, preferences.")
+    shape = models.CharField(
+        max_length=30,
+        help_text="What kind of rows these are: classification, messages, instruction, text, preferences.",
+    )
     columns = models.JSONField(default=list)
     mapping = models.JSONField(default=dict, help_text="Role to column, as guessed or as chosen.")
     labels = models.JSONField(default=list)
@@ -41,7 +48,9 @@ class ModelEntry(models.Model):
     """A model that runs may start from."""
 
     id = models.UUIDField(primary_key=True, default=uuid.uuid4, editable=False)
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, null=True, blank=True, on_delete=models.CASCADE, related_name="models")
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, null=True, blank=True, on_delete=models.CASCADE, related_name="models"
+    )
     name = models.CharField(max_length=200)
     source = models.CharField(max_length=1000, help_text="starter:NAME, folder:/path or hub:owner/name")
     sentence = models.CharField(max_length=400, blank=True)
@@ -96,15 +105,21 @@ class Job(models.Model):
     reason = models.CharField(max_length=20, blank=True)
     message = models.TextField(blank=True, help_text="Why the job is in this state, in a sentence.")
     faults = models.JSONField(default=list)
-    stop_request = models.CharField(max_length=10, blank=True, help_text="stop, pause or cancel, while it is being carried out.")
+    stop_request = models.CharField(
+        max_length=10, blank=True, help_text="stop, pause or cancel, while it is being carried out."
+    )
     attempt = models.IntegerField(default=0)
-    crashes = models.IntegerField(default=0, help_text="How often in a row the run was lost without a new checkpoint in between.")
+    crashes = models.IntegerField(
+        default=0, help_text="How often in a row the run was lost without a new checkpoint in between."
+    )
 
     lease_owner = models.CharField(max_length=100, blank=True)
     lease_epoch = models.IntegerField(default=0)
     lease_until = models.DateTimeField(null=True, blank=True)
     child_pid = models.IntegerField(null=True, blank=True)
-    child_started = models.BigIntegerField(null=True, blank=True, help_text="Kernel start time of the child, to tell it from a later process.")
+    child_started = models.BigIntegerField(
+        null=True, blank=True, help_text="Kernel start time of the child, to tell it from a later process."
+    )
     device = models.CharField(max_length=50, blank=True)
 
     last_seq = models.BigIntegerField(default=0)
@@ -127,7 +142,9 @@ class Job(models.Model):
     class Meta:
         ordering: ClassVar = ["-created"]
         constraints: ClassVar = [
-            models.UniqueConstraint(fields=["owner", "idempotency_key"], condition=~models.Q(idempotency_key=""), name="one_job_per_key"),
+            models.UniqueConstraint(
+                fields=["owner", "idempotency_key"], condition=~models.Q(idempotency_key=""), name="one_job_per_key"
+            ),
         ]
 
     def __str__(self) -> str:
@@ -139,7 +156,9 @@ class Event(models.Model):
 
     job = models.ForeignKey(Job, on_delete=models.CASCADE, related_name="events")
     seq = models.BigIntegerField()
-    log_seq = models.BigIntegerField(null=True, help_text="Its number in the engine's log, for rows that come from there.")
+    log_seq = models.BigIntegerField(
+        null=True, help_text="Its number in the engine's log, for rows that come from there."
+    )
     kind = models.CharField(max_length=12)
     step = models.IntegerField(default=0)
     time = models.FloatField(help_text="Seconds since 1970.")
@@ -149,7 +168,9 @@ class Event(models.Model):
         ordering: ClassVar = ["job", "seq"]
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["job", "seq"], name="event_once"),
-            models.UniqueConstraint(fields=["job", "log_seq"], condition=models.Q(log_seq__isnull=False), name="log_line_once"),
+            models.UniqueConstraint(
+                fields=["job", "log_seq"], condition=models.Q(log_seq__isnull=False), name="log_line_once"
+            ),
         ]
         indexes: ClassVar = [models.Index(fields=["job", "kind", "seq"])]
 

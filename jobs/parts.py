@@ -37,13 +37,26 @@ class Part:
         self._retry_at = 0.0
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive",
-                       "BONSAI_HOME": str(settings.BONSAI_HOME), "DJANGO_SETTINGS_MODULE": "studio.settings"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "BONSAI_HOME": str(settings.BONSAI_HOME),
+            "DJANGO_SETTINGS_MODULE": "studio.settings",
+        }
         if not self.secret:
             environment = {key: value for key, value in environment.items() if key not in SECRETS}
         with self._opened_log() as output:
-            self.process = subprocess.Popen(self.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         self._since = time.monotonic()
 
     def look(self) -> bool:
@@ -90,8 +103,24 @@ class Part:
 def parts(host: str, port: int) -> list[Part]:
     """Engine service, consumer and web server."""
     python, manage = sys.executable, str(ROOT / "manage.py")
-    web = [python, "-m", "uvicorn", "studio.asgi:application", "--host", host, "--port", str(port), "--log-level", "warning",
-           "--no-server-header", "--no-access-log", "--timeout-graceful-shutdown", "3", "--ws-max-size", "65536"]
+    web = [
+        python,
+        "-m",
+        "uvicorn",
+        "studio.asgi:application",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+        "--no-server-header",
+        "--no-access-log",
+        "--timeout-graceful-shutdown",
+        "3",
+        "--ws-max-size",
+        "65536",
+    ]
     return [
         Part("engine", [python, "-m", "engine", "serve", "--socket", str(engine_socket())], secret=False),
         Part("web", web),

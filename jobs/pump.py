@@ -114,7 +114,9 @@ class Pump:
                 now = loop.time()
                 if now - polled >= POLL_SECONDS:
                     polled, self._dirty = now, set(self.topics)
-                due = [job_id for job_id in self._dirty if job_id in self.topics and self.topics[job_id].next_frame <= now]
+                due = [
+                    job_id for job_id in self._dirty if job_id in self.topics and self.topics[job_id].next_frame <= now
+                ]
                 for job_id in due:
                     self._dirty.discard(job_id)
                     await self._serve(job_id)
@@ -194,11 +196,15 @@ def _next_frame(job_id: uuid.UUID, cursor: int) -> tuple[Frame | None, bool | No
 def _frame(job_id: uuid.UUID, after: int, upto: int) -> tuple[Frame | None, int]:
     """Events as one message. Their data goes out as the text in which it is stored."""
     rows = list(
-        Event.objects.filter(job_id=job_id, seq__gt=after, seq__lte=upto).order_by("seq")
-        .annotate(text=Cast("data", TextField())).values_list("seq", "time", "kind", "step", "text")[:FRAME_EVENTS]
+        Event.objects.filter(job_id=job_id, seq__gt=after, seq__lte=upto)
+        .order_by("seq")
+        .annotate(text=Cast("data", TextField()))
+        .values_list("seq", "time", "kind", "step", "text")[:FRAME_EVENTS]
     )
     if not rows:
         return None, 0
     events = ",".join(
-        f'{{"seq":{seq},"time":{json.dumps(moment)},"kind":{json.dumps(kind)},"step":{step},"data":{text}}}' for seq, moment, kind, step, text in rows)
+        f'{{"seq":{seq},"time":{json.dumps(moment)},"kind":{json.dumps(kind)},"step":{step},"data":{text}}}'
+        for seq, moment, kind, step, text in rows
+    )
     return Frame(f'{{"type":"events","events":[{events}],"last_seq":{rows[-1][0]}}}', rows[-1][0]), len(rows)

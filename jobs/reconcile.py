@@ -42,7 +42,11 @@ def _abandoned() -> list[Job]:
 def _odd(job: Job) -> bool:
     """A lease that ran out, or that ends later than any lease can: then a clock was moved."""
     now = timezone.now()
-    return job.lease_until is None or job.lease_until < now or job.lease_until > now + timedelta(seconds=2 * settings.BONSAI_LEASE_SECONDS)
+    return (
+        job.lease_until is None
+        or job.lease_until < now
+        or job.lease_until > now + timedelta(seconds=2 * settings.BONSAI_LEASE_SECONDS)
+    )
 
 
 def _still(suspects: list[Job]) -> list[Job]:
@@ -51,5 +55,8 @@ def _still(suspects: list[Job]) -> list[Job]:
         return []
     time.sleep(1.5 * settings.BONSAI_LEASE_SECONDS / supervisor.RENEWALS_PER_LEASE)
     now = {row.pk: row for row in Job.objects.filter(pk__in=[job.pk for job in suspects], status__in=ACTIVE)}
-    return [now[job.pk] for job in suspects if job.pk in now
-            and (now[job.pk].lease_epoch, now[job.pk].lease_until) == (job.lease_epoch, job.lease_until)]
+    return [
+        now[job.pk]
+        for job in suspects
+        if job.pk in now and (now[job.pk].lease_epoch, now[job.pk].lease_until) == (job.lease_epoch, job.lease_until)
+    ]

@@ -23,11 +23,17 @@ def lease_end() -> datetime:
 
 def waiting(limit: int) -> list[uuid.UUID]:
     """Waiting jobs in the order in which they should start: priority, then people in turn, then who came first."""
-    queued = list(Job.objects.filter(status=Status.QUEUED).order_by("-priority", "queued_at").values_list("pk", "owner_id", "priority"))
+    queued = list(
+        Job.objects.filter(status=Status.QUEUED)
+        .order_by("-priority", "queued_at")
+        .values_list("pk", "owner_id", "priority")
+    )
     people = {owner for _, owner, _ in queued}
     served = {
         row["owner_id"]: (row["running"], row["latest"].timestamp() if row["latest"] else 0.0)
-        for row in Job.objects.filter(owner_id__in=people).order_by().values("owner_id")
+        for row in Job.objects.filter(owner_id__in=people)
+        .order_by()
+        .values("owner_id")
         .annotate(running=Count("pk", filter=Q(status__in=ACTIVE)), latest=Max("started_at"))
     }
     ordered: list[uuid.UUID] = []
@@ -35,7 +41,10 @@ def waiting(limit: int) -> list[uuid.UUID]:
     while queued and len(ordered) < limit:
         top = queued[0][2]
         # Of the highest priority, the person with the fewest running jobs, then the one who was served longest ago.
-        chosen = min((row for row in queued if row[2] == top), key=lambda row: (served[row[1]][0] + given.get(row[1], 0), served[row[1]][1]))
+        chosen = min(
+            (row for row in queued if row[2] == top),
+            key=lambda row: (served[row[1]][0] + given.get(row[1], 0), served[row[1]][1]),
+        )
         given[chosen[1]] = given.get(chosen[1], 0) + 1
         ordered.append(chosen[0])
         queued.remove(chosen)
@@ -45,7 +54,11 @@ def waiting(limit: int) -> list[uuid.UUID]:
 def free_devices() -> list[Device]:
     """Enabled devices of this machine that no job holds."""
     busy = set(Job.objects.filter(status__in=ACTIVE).values_list("device", flat=True))
-    mine = Device.objects.select_for_update().filter(enabled=True, name__in=[place.name for place in places()]).order_by("name")
+    mine = (
+        Device.objects.select_for_update()
+        .filter(enabled=True, name__in=[place.name for place in places()])
+        .order_by("name")
+    )
     return [device for device in mine if device.name not in busy]
 
 
@@ -67,8 +80,15 @@ def claim() -> Job | None:
                 continue
             try:
                 return transition(
-                    job, Status.STARTING, "supervisor", message="Loads the model and the data.", attempt=F("attempt") + 1,
-                    lease_owner=this_process(), lease_epoch=F("lease_epoch") + 1, lease_until=lease_end(), device=devices[0].name,
+                    job,
+                    Status.STARTING,
+                    "supervisor",
+                    message="Loads the model and the data.",
+                    attempt=F("attempt") + 1,
+                    lease_owner=this_process(),
+                    lease_epoch=F("lease_epoch") + 1,
+                    lease_until=lease_end(),
+                    device=devices[0].name,
                 )
             except Overtaken:
                 continue
@@ -78,5 +98,6 @@ def claim() -> Job | None:
 def adopt(job: Job) -> bool:
     """Take over a job whose worker is gone. Its status stays; the raised epoch shuts the former worker out."""
     won = Job.objects.filter(pk=job.pk, lease_epoch=job.lease_epoch, status__in=ACTIVE).update(
-        lease_owner=this_process(), lease_epoch=F("lease_epoch") + 1, lease_until=lease_end())
+        lease_owner=this_process(), lease_epoch=F("lease_epoch") + 1, lease_until=lease_end()
+    )
     return bool(won)

@@ -100,7 +100,10 @@ def decimate(values: NDArray[np.float64], points: int) -> NDArray[np.int64]:
     bucket_of = np.repeat(np.arange(buckets), np.diff(edges))
     finite = np.isfinite(values)
     kept = [edges[1:] - 1]
-    for filled, extreme in ((np.where(finite, values, np.inf), np.minimum), (np.where(finite, values, -np.inf), np.maximum)):
+    for filled, extreme in (
+        (np.where(finite, values, np.inf), np.minimum),
+        (np.where(finite, values, -np.inf), np.maximum),
+    ):
         hit = finite & (filled == extreme.reduceat(filled, starts)[bucket_of])
         where = np.flatnonzero(hit)
         _, first = np.unique(bucket_of[where], return_index=True)
@@ -137,7 +140,12 @@ def _read_on(job: Job, rows: Rows) -> None:
 
 def _read_pruned(job: Job, rows: Rows, first: int) -> None:
     rows.clear()  # begin anew: the log numbers its lines differently
-    kept = Event.objects.filter(job_id=job.pk, seq__gte=first, log_seq__isnull=False).order_by("seq").values_list("log_seq", flat=True).first()
+    kept = (
+        Event.objects.filter(job_id=job.pk, seq__gte=first, log_seq__isnull=False)
+        .order_by("seq")
+        .values_list("log_seq", flat=True)
+        .first()
+    )
     path = job_folder(job.pk) / LOG_NAME
     if path.exists():
         for event, _ in read_events(path):
@@ -153,13 +161,19 @@ def _thinned(columns: Mapping[str, NDArray[np.float64]], name: str, points: int)
     curve: dict[str, list[Any]] = {"value": [_number(value) for value in columns[name][chosen].tolist()]}
     for axis in AXES:
         picked = columns[axis][chosen]
-        curve[axis] = [_number(value) for value in picked.tolist()] if axis == "seconds" else picked.astype(np.int64).tolist()
+        curve[axis] = (
+            [_number(value) for value in picked.tolist()] if axis == "seconds" else picked.astype(np.int64).tolist()
+        )
     return curve if np.isfinite(columns[name]).any() or len(chosen) else {"value": []}
 
 
-def _evaluation_curves(evaluations: list[dict[str, Any]], columns: Mapping[str, NDArray[np.float64]], points: int) -> dict[str, Any]:
+def _evaluation_curves(
+    evaluations: list[dict[str, Any]], columns: Mapping[str, NDArray[np.float64]], points: int
+) -> dict[str, Any]:
     """One curve for every number that is measured on held-out rows."""
-    names = sorted({key for row in evaluations for key, value in row.items() if key.startswith("eval_") and _is_number(value)})
+    names = sorted(
+        {key for row in evaluations for key, value in row.items() if key.startswith("eval_") and _is_number(value)}
+    )
     if not names:
         return {}
     steps = np.array([row["step"] for row in evaluations], dtype=np.float64)
@@ -168,7 +182,9 @@ def _evaluation_curves(evaluations: list[dict[str, Any]], columns: Mapping[str, 
     seconds = np.interp(steps, known, columns["seconds"], left=0.0) if len(known) else np.zeros(len(steps))
     curves = {}
     for name in names:
-        values = np.array([row[name] if _is_number(row.get(name)) else math.nan for row in evaluations], dtype=np.float64)
+        values = np.array(
+            [row[name] if _is_number(row.get(name)) else math.nan for row in evaluations], dtype=np.float64
+        )
         curves[name] = _thinned({"step": steps, "samples": samples, "seconds": seconds, name: values}, name, points)
     return curves
 

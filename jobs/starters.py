@@ -23,7 +23,9 @@ FIRST_RUN: dict[str, Any] = {
     "name": "First run: sort customer messages",
     "operation": "train",
     "task": "classify",
-    "data": {"source": "starter:" + next(name for name, data in STARTER_DATA.items() if data.shape == "classification")},
+    "data": {
+        "source": "starter:" + next(name for name, data in STARTER_DATA.items() if data.shape == "classification")
+    },
     "model": {"source": "starter:minilm-l6"},
     "methods": [{"slug": "paca"}, {"slug": "clip"}, {"slug": "early-dynamics-stopping"}, {"slug": "patience"}],
 }
@@ -50,8 +52,14 @@ def ensure_data() -> int:
         if row.sha256 == digest and row.path == str(starter.path):
             continue
         seen = inspection.look(starter.path, starter.path.name, dict(starter.columns))
-        values = {"name": starter.title, "path": str(starter.path), "format": seen["facts"]["format"], "bytes": starter.path.stat().st_size,
-                  "sha256": digest, **described(seen["facts"], seen)}
+        values = {
+            "name": starter.title,
+            "path": str(starter.path),
+            "format": seen["facts"]["format"],
+            "bytes": starter.path.stat().st_size,
+            "sha256": digest,
+            **described(seen["facts"], seen),
+        }
         for field, value in values.items():
             setattr(row, field, value)
         row.save()
@@ -67,8 +75,14 @@ def ensure_models() -> int:
             continue
         facts = engine().call("model_facts", source=model["source"])["facts"]
         ModelEntry.objects.create(
-            name=model["title"], source=model["source"], sentence=model["sentence"], kind=facts["kind"], family=facts["family"],
-            num_parameters=facts["num_parameters"], facts=facts)
+            name=model["title"],
+            source=model["source"],
+            sentence=model["sentence"],
+            kind=facts["kind"],
+            family=facts["family"],
+            num_parameters=facts["num_parameters"],
+            facts=facts,
+        )
         num += 1
     return num
 

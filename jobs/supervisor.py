@@ -45,7 +45,9 @@ def work(hint: uuid.UUID) -> None:
     """Take up the job `hint` if this process adopted it, or else claim the one whose turn it is; return when it rests."""
     if shutting_down.is_set():
         return
-    job = Job.objects.filter(pk=hint, status__in=ACTIVE, lease_owner=processes.this_process()).first() or schedule.claim()
+    job = (
+        Job.objects.filter(pk=hint, status__in=ACTIVE, lease_owner=processes.this_process()).first() or schedule.claim()
+    )
     if job is None:
         return
     with _lock:
@@ -150,8 +152,12 @@ class Supervision:
         if running and self.job.stop_request:  # asked of an earlier attempt, which died before it could obey
             self._move(Status.STOPPING, self.job.stop_request, message=self.job.message)
         elif running and shutting_down.is_set():
-            self._move(Status.STOPPING, endings.SHUTDOWN, message="The studio is closing; this run will go on at the next start.",
-                       stop_request="pause")
+            self._move(
+                Status.STOPPING,
+                endings.SHUTDOWN,
+                message="The studio is closing; this run will go on at the next start.",
+                stop_request="pause",
+            )
         request = self.job.stop_request
         if request and request != self._forwarded and self.job.status == Status.STOPPING:
             write_request(self.folder, request)  # type: ignore[arg-type]  # only our own actions write this field
@@ -179,7 +185,9 @@ class Supervision:
         if self.job.lease_epoch != self.epoch:
             raise Fenced("Another worker judged the end of this run.")
         out_of_memory = processes.num_memory_kills() > self.memory_kills
-        endings.conclude(self.job, self.epoch, self.folder, self.child, killed=self.killed, memory_ran_out=out_of_memory)
+        endings.conclude(
+            self.job, self.epoch, self.folder, self.child, killed=self.killed, memory_ran_out=out_of_memory
+        )
 
     def _move(self, to: Status, reason: str = "", **changes: Any) -> None:
         try:

@@ -48,8 +48,15 @@ def consume() -> None:
     supervisor.ears = wake.Ears()
     supervisor.ears.start()
     consumer = BonsaiConsumer(
-        HUEY, workers=len(devices.places()) + 1, worker_type="thread", initial_delay=0.5, backoff=1.15, max_delay=2.0, graceful_signal="TERM",
-        check_worker_health=True, health_check_interval=10,
+        HUEY,
+        workers=len(devices.places()) + 1,
+        worker_type="thread",
+        initial_delay=0.5,
+        backoff=1.15,
+        max_delay=2.0,
+        graceful_signal="TERM",
+        check_worker_health=True,
+        health_check_interval=10,
     )
     for job_id in reconcile():
         tasks.send(job_id)

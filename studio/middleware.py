@@ -39,7 +39,9 @@ class SecurityHeaders:
         return self.dress(request, await answer)
 
     def dress(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
-        response.headers.setdefault("Content-Security-Policy", self.admin if request.path.startswith("/admin/") else self.pages)
+        response.headers.setdefault(
+            "Content-Security-Policy", self.admin if request.path.startswith("/admin/") else self.pages
+        )
         response.headers.setdefault("X-Content-Type-Options", "nosniff")
         response.headers.setdefault("Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=()")
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")

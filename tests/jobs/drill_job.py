@@ -27,7 +27,14 @@ def main() -> None:
     from jobs.models import Job
 
     recipe = json.load(sys.stdin)
-    job = Job(id=uuid.uuid4(), owner=User.objects.get(is_superuser=True), name="Drill", request=recipe, recipe=recipe, fingerprint="0" * 64)
+    job = Job(
+        id=uuid.uuid4(),
+        owner=User.objects.get(is_superuser=True),
+        name="Drill",
+        request=recipe,
+        recipe=recipe,
+        fingerprint="0" * 64,
+    )
     with transaction.atomic():
         begin(job, "drill")
         tasks.enqueue(job.pk)

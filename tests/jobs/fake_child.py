@@ -51,7 +51,9 @@ def main(folder: Path, manner: str) -> None:
                 os.kill(os.getpid(), signal.SIGSEGV)
             request = control.poll()
             if request in ("pause", "cancel") and manner != "deaf":
-                finish(folder, log, "paused" if request == "pause" else "cancelled", request, f"{request} at step {step}.")
+                finish(
+                    folder, log, "paused" if request == "pause" else "cancelled", request, f"{request} at step {step}."
+                )
             if request == "stop" and manner != "deaf":
                 break
         artifact_in(folder)

@@ -128,8 +128,13 @@ class Answers:
     def call(self, name: str, **request: Any) -> dict[str, Any]:
         assert name == "check"
         self.asked.append(request["recipe"])
-        return {"recipe": {**request["recipe"], "settings": {"seed": 17}}, "fingerprint": "a" * 64, "faults": self.faults,
-                "suggestions": [{"where": "settings.seed", "value": 17, "reason": "It is prime."}], "estimate": {"total_steps": 50}}
+        return {
+            "recipe": {**request["recipe"], "settings": {"seed": 17}},
+            "fingerprint": "a" * 64,
+            "faults": self.faults,
+            "suggestions": [{"where": "settings.seed", "value": 17, "reason": "It is prime."}],
+            "estimate": {"total_steps": 50},
+        }
 
 
 @pytest.fixture
@@ -143,8 +148,15 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
 def data(person: User, tmp_path: Any) -> Dataset:
     path = tmp_path / "original.csv"
     path.write_text("text,label\na,b\n")
-    return Dataset.objects.create(owner=person, name="Mine", path=str(path), format="csv", sha256="b" * 64, shape="classification",
-                                  mapping={"text": "text", "label": "label"})
+    return Dataset.objects.create(
+        owner=person,
+        name="Mine",
+        path=str(path),
+        format="csv",
+        sha256="b" * 64,
+        shape="classification",
+        mapping={"text": "text", "label": "label"},
+    )
 
 
 @pytest.fixture
@@ -153,7 +165,12 @@ def model(db: None) -> ModelEntry:
 
 
 def recipe_of(data: Dataset, model: ModelEntry) -> dict[str, Any]:
-    return {"task": "classify", "data": {"source": f"dataset:{data.pk}"}, "model": {"source": f"model:{model.pk}"}, "methods": [{"slug": "paca"}]}
+    return {
+        "task": "classify",
+        "data": {"source": f"dataset:{data.pk}"},
+        "model": {"source": f"model:{model.pk}"},
+        "methods": [{"slug": "paca"}],
+    }
 
 
 @pytest.mark.django_db(transaction=True)
@@ -164,7 +181,11 @@ def test_a_new_job_names_what_the_person_chose_and_what_the_engine_reads(
     job = Create(owner=person, recipe=recipe_of(data, model)).execute(person)
     assert job.status == Status.QUEUED and job.name == "Mine on MiniLM" and job.total_steps == 50
     assert (job.dataset, job.model) == (data, model)
-    assert answers.asked[0]["data"] == {"source": f"file:{data.path}", "columns": {"text": "text", "label": "label"}, "sha256": "b" * 64}
+    assert answers.asked[0]["data"] == {
+        "source": f"file:{data.path}",
+        "columns": {"text": "text", "label": "label"},
+        "sha256": "b" * 64,
+    }
     assert answers.asked[0]["model"] == {"source": "starter:minilm-l6"}
     assert job.request["data"]["source"] == f"dataset:{data.pk}", "what was asked for stays readable"
     assert job.recipe["settings"] == {"seed": 17} and job.suggestions[0]["reason"] == "It is prime."
@@ -191,7 +212,9 @@ def test_a_path_of_this_machine_is_refused(
     assert not answers.asked and not Job.objects.exists()
 
 
-def test_what_belongs_to_somebody_else_does_not_exist(data: Dataset, model: ModelEntry, answers: Answers, make_job: MakeJob) -> None:
+def test_what_belongs_to_somebody_else_does_not_exist(
+    data: Dataset, model: ModelEntry, answers: Answers, make_job: MakeJob
+) -> None:
     eve = User.objects.create_user("eve")
     foreign = Artifact.objects.create(job=make_job(), folder="/nowhere", content_id="c" * 64)
     recipe = recipe_of(data, model)
@@ -202,7 +225,9 @@ def test_what_belongs_to_somebody_else_does_not_exist(data: Dataset, model: Mode
 
 
 def test_every_fault_of_the_engine_is_told(person: User, data: Dataset, model: ModelEntry, answers: Answers) -> None:
-    answers.faults = [Fault(where=f"methods[{n}]", what="No.", why="Because.", way_out="Else.", code="no").to_dict() for n in range(2)]
+    answers.faults = [
+        Fault(where=f"methods[{n}]", what="No.", why="Because.", way_out="Else.", code="no").to_dict() for n in range(2)
+    ]
     with pytest.raises(RecipeError) as refusal:
         Create(owner=person, recipe=recipe_of(data, model)).execute(person)
     assert len(refusal.value.faults) == 2 and not Job.objects.exists()
@@ -218,7 +243,9 @@ def test_one_key_is_one_job(person: User, data: Dataset, model: ModelEntry, answ
     assert refusal.value.code == "key_reused"
 
 
-def test_nobody_fills_the_queue_alone(person: User, data: Dataset, model: ModelEntry, answers: Answers, settings: Any) -> None:
+def test_nobody_fills_the_queue_alone(
+    person: User, data: Dataset, model: ModelEntry, answers: Answers, settings: Any
+) -> None:
     settings.BONSAI_MAX_WAITING_JOBS = 2
     for _ in range(2):
         Create(owner=person, recipe=recipe_of(data, model)).execute(person)
@@ -235,7 +262,9 @@ def test_what_is_no_recipe_is_refused(person: User, recipe: Any) -> None:
 # ── keeping ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_old_events_of_ended_jobs_go_and_numbers_stay(make_job: MakeJob, write_log: Callable[..., EventLog], settings: Any) -> None:
+def test_old_events_of_ended_jobs_go_and_numbers_stay(
+    make_job: MakeJob, write_log: Callable[..., EventLog], settings: Any
+) -> None:
     settings.BONSAI_KEEP_EVENTS = 10
     ended, running = make_job(), make_job()
     for job in (ended, running):

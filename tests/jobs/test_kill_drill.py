@@ -15,6 +15,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,8 +34,18 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = int(os.environ.get("BONSAI_DRILL_KILLS", "30"))
 SEED = int(os.environ.get("BONSAI_DRILL_SEED", "20261"))
 TIMING = {"seconds", "tokens_per_second", "memory"}
-TARGETS = (("child",), ("consumer",), ("web",), ("engine",), ("child", "consumer"), ("child", "engine"), ("consumer", "engine"), ("child",),
-           ("child",), ("child",))
+TARGETS = (
+    ("child",),
+    ("consumer",),
+    ("web",),
+    ("engine",),
+    ("child", "consumer"),
+    ("child", "engine"),
+    ("consumer", "engine"),
+    ("child",),
+    ("child",),
+    ("child",),
+)
 ENDS = ("succeeded", "failed", "cancelled")
 
 
@@ -52,8 +63,15 @@ class Studio:
             return database.execute(question, values).fetchall()
 
     def queue(self, recipe: Recipe) -> str:
-        done = subprocess.run([sys.executable, str(ROOT / "tests/jobs/drill_job.py")], input=recipe.model_dump_json(), text=True, cwd=ROOT,
-                              env=self.environment, capture_output=True, check=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests/jobs/drill_job.py")],
+            input=recipe.model_dump_json(),
+            text=True,
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            check=True,
+        )
         return done.stdout.split()[-1].replace("-", "")
 
     def job(self, job: str, *columns: str) -> tuple[Any, ...]:
@@ -78,11 +96,23 @@ def studio(tmp_path: Path) -> Iterator[Studio]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     home = tmp_path / "home"
-    environment = {**os.environ, "BONSAI_HOME": str(home), "BONSAI_THREADS": "1", "BONSAI_ENGINE_SOCKET": f"/tmp/bonsai-drill-{port}.sock",
-                   "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "BONSAI_HOME": str(home),
+        "BONSAI_THREADS": "1",
+        "BONSAI_ENGINE_SOCKET": str(Path(tempfile.gettempdir()) / f"bonsai-drill-{port}.sock"),
+        "PYTHONPATH": str(ROOT),
+    }
     environment.pop("DJANGO_SETTINGS_MODULE", None)
-    up = subprocess.Popen([sys.executable, str(ROOT / "manage.py"), "up", "--port", str(port), "--no-first-run"], cwd=ROOT, env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    up = subprocess.Popen(
+        [sys.executable, str(ROOT / "manage.py"), "up", "--port", str(port), "--no-first-run"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     made = Studio(home, port, up, environment)
     try:
         wait(lambda: made.healthy() and Path(environment["BONSAI_ENGINE_SOCKET"]).exists(), 90)
@@ -115,7 +145,11 @@ def kill(studio: Studio, job: str, target: str) -> bool:
 
 def rows_in_database(studio: Studio, job: str) -> list[dict[str, Any]]:
     found = studio.ask("SELECT data FROM jobs_event WHERE job_id = ? AND kind = 'metric' ORDER BY seq", job)
-    return [{key: value for key, value in row.items() if key not in TIMING} for data, in found for row in json.loads(data)["rows"]]
+    return [
+        {key: value for key, value in row.items() if key not in TIMING}
+        for (data,) in found
+        for row in json.loads(data)["rows"]
+    ]
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -127,9 +161,17 @@ def test_thirty_kills_change_nothing(studio: Studio, tmp_path: Path, capsys: pyt
     tiny_folder = tmp_path / "tiny"
     tiny_folder.mkdir()
     methods = [("paca", {"r": 2}), ("clip", {}), ("patience", {"patience": 1000})]
-    recipe = Tiny(tiny_folder).recipe(methods, task="classify", epochs=500, max_steps=1500, batch_size=4, evaluations=6, checkpoint_every=40)
+    recipe = Tiny(tiny_folder).recipe(
+        methods, task="classify", epochs=500, max_steps=1500, batch_size=4, evaluations=6, checkpoint_every=40
+    )
     reference = lay(tmp_path / "reference", recipe)
-    subprocess.run([sys.executable, "-m", "engine", "run", str(reference)], cwd=ROOT, check=True, env=studio.environment, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "engine", "run", str(reference)],
+        cwd=ROOT,
+        check=True,
+        env=studio.environment,
+        capture_output=True,
+    )
     expected_rows, expected_weights = metric_rows(reference), weights(reference)
     assert len(expected_rows) == 1500 and expected_weights
 
@@ -160,11 +202,22 @@ def test_thirty_kills_change_nothing(studio: Studio, tmp_path: Path, capsys: pyt
         assert (status, reason) == ("succeeded", "completed")
         assert rows_in_database(studio, job) == expected_rows, "the series is that of the uninterrupted run"
         assert weights(studio.folder(job)) == expected_weights, "and so are the weights"
-        seqs = [seq for seq, in studio.ask("SELECT seq FROM jobs_event WHERE job_id = ? ORDER BY seq", job)]
+        seqs = [seq for (seq,) in studio.ask("SELECT seq FROM jobs_event WHERE job_id = ? ORDER BY seq", job)]
         assert seqs == list(range(1, last_seq + 1)), "numbers without a hole"
-        told = [json.loads(data)["to"] for data, in studio.ask("SELECT data FROM jobs_event WHERE job_id = ? AND kind = 'status' ORDER BY seq", job)]
-        assert [to for to in told if to in ENDS] == ["succeeded"] and told[-1] == "succeeded", "one end, and nothing after it"
-        launches = [json.loads(data)["attempt"] for data, in
-                    studio.ask("SELECT data FROM jobs_event WHERE job_id = ? AND kind = 'child' ORDER BY seq", job)]
+        told = [
+            json.loads(data)["to"]
+            for (data,) in studio.ask(
+                "SELECT data FROM jobs_event WHERE job_id = ? AND kind = 'status' ORDER BY seq", job
+            )
+        ]
+        assert [to for to in told if to in ENDS] == ["succeeded"] and told[-1] == "succeeded", (
+            "one end, and nothing after it"
+        )
+        launches = [
+            json.loads(data)["attempt"]
+            for (data,) in studio.ask(
+                "SELECT data FROM jobs_event WHERE job_id = ? AND kind = 'child' ORDER BY seq", job
+            )
+        ]
         assert launches == sorted(set(launches)) and launches[-1] == attempt, "no attempt ran twice"
         assert studio.ask("SELECT count(*) FROM jobs_artifact WHERE job_id = ?", job) == [(1,)]

@@ -90,7 +90,9 @@ async def test_a_newcomer_hears_the_past_and_then_the_present(
     await tab.socket.disconnect()
 
 
-async def test_who_comes_back_hears_what_came_after(make_job: MakeJob, write_log: Callable[..., EventLog], cookie: str) -> None:
+async def test_who_comes_back_hears_what_came_after(
+    make_job: MakeJob, write_log: Callable[..., EventLog], cookie: str
+) -> None:
     job = await sync_to_async(make_job)()
     write_log(job, 30)
     await sync_to_async(take)(job)
@@ -158,7 +160,9 @@ async def test_at_most_ten_frames_a_second_and_no_number_is_missed(
     assert not pump().topics, "who leaves is forgotten"
 
 
-@pytest.mark.parametrize("case", ["nobody", "somebody else", "a wrong origin", "no origin", "no such job", "a bad number", "locked out"])
+@pytest.mark.parametrize(
+    "case", ["nobody", "somebody else", "a wrong origin", "no origin", "no such job", "a bad number", "locked out"]
+)
 async def test_who_may_not_watch_is_refused(make_job: MakeJob, cookie: str, person: User, case: str) -> None:
     job = await sync_to_async(make_job)()
     after: Any = 0
@@ -184,11 +188,15 @@ async def test_who_may_not_watch_is_refused(make_job: MakeJob, cookie: str, pers
 
 
 async def test_an_unknown_address_is_refused_quietly() -> None:
-    socket = WebsocketCommunicator(application, "/ws/elsewhere/", headers=[(b"origin", b"http://localhost"), (b"host", b"localhost")])
+    socket = WebsocketCommunicator(
+        application, "/ws/elsewhere/", headers=[(b"origin", b"http://localhost"), (b"host", b"localhost")]
+    )
     assert not (await socket.connect(timeout=5))[0]
 
 
-async def test_rights_are_asked_again_while_one_watches(make_job: MakeJob, cookie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rights_are_asked_again_while_one_watches(
+    make_job: MakeJob, cookie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(consumers, "RECHECK_SECONDS", 0.2)
     job = await sync_to_async(make_job)()
     tab = Watcher(job, cookie)
@@ -199,7 +207,9 @@ async def test_rights_are_asked_again_while_one_watches(make_job: MakeJob, cooki
     assert closing == {"type": "websocket.close", "code": consumers.NOT_ALLOWED}
 
 
-async def test_who_does_not_read_is_dropped_and_the_others_go_on(make_job: MakeJob, write_log: Callable[..., EventLog]) -> None:
+async def test_who_does_not_read_is_dropped_and_the_others_go_on(
+    make_job: MakeJob, write_log: Callable[..., EventLog]
+) -> None:
     job = await sync_to_async(make_job)()
     slow, quick = await pump().join(job.pk), await pump().join(job.pk)
     assert slow is not None and quick is not None

@@ -94,7 +94,9 @@ def story(job: Job) -> list[str]:
 def assert_told_once(job: Job) -> None:
     """No hole, no repeat, one end."""
     job = fresh(job)
-    assert list(Event.objects.filter(job=job).order_by("seq").values_list("seq", flat=True)) == list(range(1, job.last_seq + 1))
+    assert list(Event.objects.filter(job=job).order_by("seq").values_list("seq", flat=True)) == list(
+        range(1, job.last_seq + 1)
+    )
     assert steps(job) == sorted(set(steps(job)))
     assert len([status for status in story(job) if status in TERMINAL]) == (job.status in TERMINAL)
 
@@ -119,14 +121,18 @@ def test_what_the_engine_refuses_fails_with_its_sentence(make_job: MakeJob, chil
     assert (job.status, job.reason, job.message) == (Status.FAILED, "bad_input", "The label column is missing.")
 
 
-def test_cancel_pause_resume_and_keep(make_job: MakeJob, children: list[launch.Child], at_work: Callable, person: User) -> None:
+def test_cancel_pause_resume_and_keep(
+    make_job: MakeJob, children: list[launch.Child], at_work: Callable, person: User
+) -> None:
     job = make_job(name="works slowly")
     worker = at_work(job)
     until(lambda: fresh(job).status == Status.RUNNING and len(steps(job)) > 2)
     actions.Pause(fresh(job)).execute(person)
     worker.join(20)
     paused = fresh(job)
-    assert paused.status == Status.PAUSED and paused.lease_owner == "" and paused.device == "" and paused.child_pid is None
+    assert (
+        paused.status == Status.PAUSED and paused.lease_owner == "" and paused.device == "" and paused.child_pid is None
+    )
     seen = len(steps(job))
     actions.Resume(fresh(job)).execute(person)
     worker = at_work(job)
@@ -134,7 +140,18 @@ def test_cancel_pause_resume_and_keep(make_job: MakeJob, children: list[launch.C
     actions.StopAndKeep(fresh(job)).execute(person)
     worker.join(20)
     assert (fresh(job).status, fresh(job).reason) == (Status.SUCCEEDED, "stopped")
-    assert story(job) == ["queued", "starting", "running", "stopping", "paused", "queued", "starting", "running", "stopping", "succeeded"]
+    assert story(job) == [
+        "queued",
+        "starting",
+        "running",
+        "stopping",
+        "paused",
+        "queued",
+        "starting",
+        "running",
+        "stopping",
+        "succeeded",
+    ]
     assert_told_once(job)
 
     other = make_job(name="works slowly")
@@ -181,7 +198,9 @@ def test_a_child_that_only_crashes_fails_with_a_sentence(make_job: MakeJob, chil
     assert_told_once(job)
 
 
-def test_memory_that_ran_out_is_said(make_job: MakeJob, children: list[launch.Child], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ran_out_is_said(
+    make_job: MakeJob, children: list[launch.Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = iter([4, 5, 6, 7])
     monkeypatch.setattr("jobs.processes.num_memory_kills", lambda: next(counts))
     job = make_job(name="crashes")
@@ -284,11 +303,15 @@ def test_a_clock_that_jumps_makes_nobody_lose_a_job(make_job: MakeJob, settings:
     thread.join()
     assert reconcile() == [job.pk], "and when nobody does, it is taken over"
     far = make_job(name="far")
-    transition(far, Status.STARTING, "w", lease_owner="otherhost/1/1", lease_until=timezone.now() + timedelta(days=3650))
+    transition(
+        far, Status.STARTING, "w", lease_owner="otherhost/1/1", lease_until=timezone.now() + timedelta(days=3650)
+    )
     assert far.pk in reconcile(), "a lease from a clock that was years ahead does not hold for years"
 
 
-def test_closing_the_studio_pauses_and_the_next_start_goes_on(make_job: MakeJob, children: list[launch.Child], at_work: Callable) -> None:
+def test_closing_the_studio_pauses_and_the_next_start_goes_on(
+    make_job: MakeJob, children: list[launch.Child], at_work: Callable
+) -> None:
     job = make_job(name="works slowly")
     worker = at_work(job)
     until(lambda: fresh(job).status == Status.RUNNING and len(steps(job)) > 2)

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -90,7 +91,7 @@ def test_a_taken_port_is_said_in_a_sentence(db: None) -> None:
 def test_a_second_studio_of_the_same_folder_is_refused(db: None) -> None:
     parts.remember([], "http://127.0.0.1:1/")
     try:
-        with pytest.raises(CommandError, match="running already at http://127.0.0.1:1/"):
+        with pytest.raises(CommandError, match=r"running already at http://127\.0\.0\.1:1/"):
             call_command("up", port=0)
     finally:
         parts.forget()
@@ -134,14 +135,26 @@ def start(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str], 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "BONSAI_HOME": str(tmp_path), "BONSAI_THREADS": "1", "BONSAI_ENGINE_SOCKET": f"/tmp/bonsai-up-{port}.sock",
-                   "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "BONSAI_HOME": str(tmp_path),
+        "BONSAI_THREADS": "1",
+        "BONSAI_ENGINE_SOCKET": str(Path(tempfile.gettempdir()) / f"bonsai-up-{port}.sock"),
+        "PYTHONUNBUFFERED": "1",
+    }
     environment.pop("BONSAI_ADMIN_PASSWORD", None)
     begun: list[subprocess.Popen[str]] = []
 
     def begin() -> tuple[subprocess.Popen[str], str]:
-        up = subprocess.Popen([sys.executable, str(ROOT / "manage.py"), "up", "--port", str(port)], cwd=ROOT, env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        up = subprocess.Popen(
+            [sys.executable, str(ROOT / "manage.py"), "up", "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         begun.append(up)
         said = ""
         assert up.stdout is not None
@@ -181,7 +194,9 @@ def test_a_newcomer_finds_a_run_that_is_learning_and_it_survives_everything(
     with browser.open(link.group()) as page:
         assert page.status == 200 and "/enter/" not in page.url and "/login" not in page.url
     until(lambda: ask("SELECT status FROM jobs_job WHERE status = 'running' AND done_steps > 1"))
-    assert ask("SELECT count(*) FROM jobs_dataset")[0][0] >= 3 and ask("SELECT count(*) FROM jobs_modelentry")[0][0] >= 1
+    assert (
+        ask("SELECT count(*) FROM jobs_dataset")[0][0] >= 3 and ask("SELECT count(*) FROM jobs_modelentry")[0][0] >= 1
+    )
     pids = [pid for pid, _ in parts_of(tmp_path)]
 
     up.send_signal(signal.SIGINT)  # Ctrl-C

@@ -19,7 +19,13 @@ class Command(BaseCommand):
     help = "Add the starter data, the starter models and, on a fresh installation, the first run."
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="wait this long for the engine service to come up")
+        parser.add_argument(
+            "--wait",
+            type=float,
+            default=0.0,
+            metavar="SECONDS",
+            help="wait this long for the engine service to come up",
+        )
         parser.add_argument("--no-run", action="store_true", help="queue no first run")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -35,4 +41,7 @@ class Command(BaseCommand):
             job = None if options["no_run"] else starters.ensure_first_run(owner)
         except (EngineError, ActionRefused) as error:
             raise CommandError(str(error)) from None
-        self.stdout.write(f"Added or renewed {num_data} data sets and {num_models} models." + (f" Queued “{job.name}”." if job else ""))
+        self.stdout.write(
+            f"Added or renewed {num_data} data sets and {num_models} models."
+            + (f" Queued “{job.name}”." if job else "")
+        )

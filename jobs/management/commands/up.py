@@ -35,8 +35,12 @@ class Command(BaseCommand):
     requires_system_checks: list[str] = []
 
     def add_arguments(self, parser: CommandParser) -> None:
-        parser.add_argument("--host", default=settings.BONSAI_HOST, help="address to listen on (default: BONSAI_HOST or 127.0.0.1)")
-        parser.add_argument("--port", type=int, default=settings.BONSAI_PORT, help="port to listen on (default: BONSAI_PORT or 8000)")
+        parser.add_argument(
+            "--host", default=settings.BONSAI_HOST, help="address to listen on (default: BONSAI_HOST or 127.0.0.1)"
+        )
+        parser.add_argument(
+            "--port", type=int, default=settings.BONSAI_PORT, help="port to listen on (default: BONSAI_PORT or 8000)"
+        )
         parser.add_argument("--no-first-run", action="store_true", help="queue no first run on a fresh installation")
 
     def handle(self, *args: Any, **options: Any) -> None:
@@ -67,13 +71,17 @@ class Command(BaseCommand):
         """Everything that would go wrong later is said now."""
         elsewhere = parts.running_address()
         if elsewhere:
-            raise CommandError(f"The studio of {home()} is running already at {elsewhere}. Stop that one first, or open it in the browser.")
+            raise CommandError(
+                f"The studio of {home()} is running already at {elsewhere}. Stop that one first, or open it in the browser."
+            )
         for message in [*checks.check_home(None), *checks.check_disk(None)]:
             if message.is_serious():
                 raise CommandError(f"{message.msg} {message.hint}")
             self.stdout.write(f"{message.msg} {message.hint}")
         if len(str(engine_socket())) > MAX_SOCKET_PATH:
-            raise CommandError(f"The path {engine_socket()} is too long for a socket. Name a shorter one in BONSAI_ENGINE_SOCKET.")
+            raise CommandError(
+                f"The path {engine_socket()} is too long for a socket. Name a shorter one in BONSAI_ENGINE_SOCKET."
+            )
         parts.clear_leftovers()
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,15 +89,33 @@ class Command(BaseCommand):
                 probe.bind((host, port))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
-                    raise CommandError(f"Port {port} is taken by another program. Stop it, or choose another port: "
-                                       f"make start ARGS=\"--port {port + 1}\".") from None
-                raise CommandError(f"The studio cannot listen on {host} port {port}: {error.strerror}. Choose another with --host and --port.") from None
+                    raise CommandError(
+                        f"Port {port} is taken by another program. Stop it, or choose another port: "
+                        f'make start ARGS="--port {port + 1}".'
+                    ) from None
+                raise CommandError(
+                    f"The studio cannot listen on {host} port {port}: {error.strerror}. Choose another with --host and --port."
+                ) from None
 
     def _start_starters(self, *, no_run: bool) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(parts.ROOT / "manage.py"), "starters", "--wait", "120", *(["--no-run"] if no_run else [])]
+        command = [
+            sys.executable,
+            str(parts.ROOT / "manage.py"),
+            "starters",
+            "--wait",
+            "120",
+            *(["--no-run"] if no_run else []),
+        ]
         with (home() / "log" / "starters.log").open("ab") as output:
-            return subprocess.Popen(command, cwd=parts.ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                                    env={**os.environ, "BONSAI_HOME": str(settings.BONSAI_HOME)})
+            return subprocess.Popen(
+                command,
+                cwd=parts.ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, "BONSAI_HOME": str(settings.BONSAI_HOME)},
+            )
 
     def _wait_for_web(self, address: str, web: parts.Part, stopping: threading.Event) -> bool:
         until = time.monotonic() + 60
@@ -99,7 +125,9 @@ class Command(BaseCommand):
                     return True
             except URLError:
                 if web.process is not None and web.process.poll() is not None:
-                    raise CommandError(f"The web server could not start. Its log, {web.log}, ends with:\n{web.last_words()}") from None
+                    raise CommandError(
+                        f"The web server could not start. Its log, {web.log}, ends with:\n{web.last_words()}"
+                    ) from None
             except OSError:
                 pass
             stopping.wait(0.1)
@@ -110,9 +138,13 @@ class Command(BaseCommand):
         if token:
             lines.append(f"Open this link to enter (it works once, for half an hour): {address}enter/{token}/")
         if password:
-            lines.append(f"Or log in as {name} with the password {password} (shown only now; change it under your name).")
+            lines.append(
+                f"Or log in as {name} with the password {password} (shown only now; change it under your name)."
+            )
         free = shutil.disk_usage(home()).free / 1e9
-        lines.append(f"Data and results are kept in {home()} ({free:.0f} GB free). Stop with Ctrl-C; running jobs go on at the next start.")
+        lines.append(
+            f"Data and results are kept in {home()} ({free:.0f} GB free). Stop with Ctrl-C; running jobs go on at the next start."
+        )
         self.stdout.write("\n".join(lines))
         self.stdout.flush()
 
