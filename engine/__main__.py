@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command of the engine; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m engine", description="Bonsai's training engine, without the web.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     listing = commands.add_parser("list", help="show every method in the catalogue")

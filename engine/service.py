@@ -36,6 +36,7 @@ Answer = dict[str, Any]
 
 
 def answer_catalogue(request: Answer) -> Answer:
+    """Everything a form or a page needs to know about methods, goals and settings."""
     from engine.io.facts import starter_models
     from engine.tasks import tasks
 
@@ -62,6 +63,7 @@ def answer_catalogue(request: Answer) -> Answer:
 
 
 def answer_ping(request: Answer) -> Answer:
+    """Who is answering."""
     return {
         "pid": os.getpid(),
         "version": __version__,
@@ -70,6 +72,7 @@ def answer_ping(request: Answer) -> Answer:
 
 
 def answer_device(request: Answer) -> Answer:
+    """The device that a run would use."""
     from dataclasses import asdict
 
     from engine.io.facts import machine_facts
@@ -78,12 +81,14 @@ def answer_device(request: Answer) -> Answer:
 
 
 def answer_check(request: Answer) -> Answer:
+    """What a recipe would do, or everything that is wrong with it."""
     from engine.ops.check import check
 
     return check(parse_recipe(request.get("recipe"))).to_dict()
 
 
 def answer_model_facts(request: Answer) -> Answer:
+    """What the files of a model tell, without its weights."""
     from dataclasses import asdict
 
     from engine.io.facts import model_facts
@@ -93,6 +98,7 @@ def answer_model_facts(request: Answer) -> Answer:
 
 
 def answer_predict(request: Answer) -> Answer:
+    """Ask the result of a run."""
     from engine.train.export import load_predictor
 
     predictor = load_predictor(Path(str(request["artifact"])))
@@ -100,6 +106,7 @@ def answer_predict(request: Answer) -> Answer:
 
 
 def answer_certify(request: Answer) -> Answer:
+    """Load an export again with the official loaders and compare."""
     from engine.train.certificate import certify
 
     return {"certificate": certify(Path(str(request["artifact"])))}
@@ -153,6 +160,7 @@ def answer(request: Any) -> Answer:
 
 
 def encode(body: Answer) -> bytes:
+    """One answer as a line of JSON."""
     return json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=str).encode() + b"\n"
 
 

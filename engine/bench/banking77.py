@@ -20,6 +20,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure() -> list[Section]:
+    """Run the study and return its tables."""
     data = shared_data() / "banking77"
     test = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     section = Section(

@@ -28,6 +28,7 @@ SHAPES = {
 
 
 def measure() -> list[Section]:
+    """Run the study and return its tables."""
     set_threads()
     logging.disable(logging.WARNING)
     bench = Workbench()

@@ -25,6 +25,7 @@ EQUAL_RATE = 1e-3
 
 
 def measure() -> list[Section]:
+    """Run the study and return its tables."""
     data = shared_data()
     with tempfile.TemporaryDirectory(prefix="bonsai-study-") as home:
         folder = Path(home)

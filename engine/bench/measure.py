@@ -112,4 +112,5 @@ def commit() -> str:
 
 
 def load_average() -> str:
+    """The load of the last minute, as text."""
     return f"{os.getloadavg()[0]:.1f}"

@@ -56,6 +56,7 @@ ALL = studies
 
 
 def run_named(names: list[str]) -> int:
+    """Run the named studies, or the quick ones, and rewrite their pages; returns an exit code."""
     known = studies()
     unknown = [name for name in names if name not in known]
     if unknown:

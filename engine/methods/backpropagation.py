@@ -25,12 +25,13 @@ class OrdinaryStep(UpdateRule):
         # Counts are read before the device gets work to do, so that reading them waits for nothing.
         weights = [run.objective.weight(batch) for batch in micro]
         whole = max(1.0, sum(weights))
-        samples = sum(int(batch["num_samples"]) for batch in micro)
+        sizes = [int(batch["num_samples"]) for batch in micro]
+        samples = sum(sizes)
         tokens = sum(int(batch["num_tokens"]) for batch in micro)
 
         logged = torch.zeros((), device=run.device)
         extra: dict[str, Any] = {}
-        for batch, weight in zip(micro, weights, strict=True):
+        for batch, weight, size in zip(micro, weights, sizes, strict=True):
             with run.autocast():
                 loss = run.objective.loss(run.model, batch, run.rng)
                 total = loss.total / whole
@@ -38,14 +39,10 @@ class OrdinaryStep(UpdateRule):
                     total = total + term.term(run.model, batch, loss, weight / whole)
             total.backward()
             logged += loss.total.detach() / whole
-            if (
-                len(micro) > 1 and not extra and weight > 0
-            ):  # what tells noise from signal: the first piece beside the whole
-                extra = {
-                    "micro_norm": gradient_norm(run.trainables) * (whole / weight),
-                    "micro_size": int(batch["num_samples"]),
-                    "batch_size": samples,
-                }
+            if len(micro) > 1 and not extra and weight > 0:
+                # The first piece beside the whole tells noise from signal; its gradient is that of its own mean loss.
+                piece = gradient_norm(run.trainables) * (whole / weight)
+                extra = {"micro_norm": piece, "micro_size": size, "batch_size": samples}
 
         norm = gradient_norm(run.trainables)
         for rule in run.rules:

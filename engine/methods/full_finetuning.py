@@ -73,13 +73,11 @@ class FullFinetuning(TrainMethod):
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
         if facts.model.kind == "encoder":
-            return [
-                Suggestion(
-                    where="settings.learning_rate",
-                    value=5e-5,
-                    reason="5e-5 is the usual rate when every weight of a pretrained encoder learns.",
-                )
-            ]
+            rate = 2e-4 if size < 50_000_000 else 5e-5
+            reason = (
+                f"{rate:g} is a usual rate when every weight of a pretrained encoder of {size:,} parameters learns."
+            )
+            return [Suggestion(where="settings.learning_rate", value=rate, reason=reason)]
         rate = next((rate for limit, rate in _RATES if size < limit), 1e-5)
         return [
             Suggestion(

@@ -144,7 +144,7 @@ class LoRA(TrainMethod):
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
-        rate = 2e-3 if size < 2_000_000 else 1e-3 if size < 200_000_000 else 2e-4
+        rate = 5e-3 if size < 2_000_000 else 2e-3 if size < 200_000_000 else 2e-4
         return [
             Suggestion(
                 where="settings.learning_rate",

@@ -201,7 +201,7 @@ class PaCA(TrainMethod):
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size, scale = facts.model.num_parameters, params.alpha / params.r
-        rate = 2e-3 if size < 2_000_000 else 1e-3 if size < 200_000_000 else 4e-4  # of the weights themselves
+        rate = 5e-3 if size < 2_000_000 else 3e-3 if size < 200_000_000 else 4e-4  # of the weights themselves
         return [
             Suggestion(
                 where="settings.learning_rate",

@@ -131,6 +131,7 @@ def recipe_for(model: Path, data: Path, steps: int) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Make the starter decoder in a folder; returns an exit code."""
     parser = argparse.ArgumentParser(description="Pretrain the starter decoder on our own stories.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=2500)

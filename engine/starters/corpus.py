@@ -14,11 +14,15 @@ MIN_WORDS, MAX_WORDS = 60, 140
 
 
 class Message(TypedDict):
+    """One turn of a conversation."""
+
     role: str
     content: str
 
 
 class Dialogue(TypedDict):
+    """A request and its answer, in the messages format."""
+
     messages: list[Message]
 
 

@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engine.core": ("engine.core",),
     "engine.io": ("engine.core", "engine.io"),
     "engine.starters": ("engine.core", "engine.starters"),
-    "engine.tasks": ("engine.core", "engine.io", "engine.tasks", "engine.train.parts"),
+    "engine.tasks": ("engine.core", "engine.io", "engine.starters", "engine.tasks", "engine.train.parts"),
     "engine.parts": (
         "engine.core",
         "engine.io",
@@ -32,7 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine.train.trainables",
     ),
     "engine.methods": ("engine.core", "engine.io", "engine.parts", "engine.tasks", "engine.train.parts"),
-    "engine.train": ("engine.core", "engine.io", "engine.tasks", "engine.train"),
+    "engine.train": ("engine.core", "engine.io", "engine.tasks", "engine.train", "engine.client"),
     "engine.ops": (
         "engine.core",
         "engine.io",
