@@ -3,6 +3,7 @@ import { Curves, MOST_KEPT, RunChart, spoken } from "./charts.js";
 
 const POLL_MS = 2000;
 const REFRESH_MS = 1200;
+const SILENCE_MS = 10000;
 const LAST_WORDS = ["succeeded", "failed", "cancelled"];
 const CLOSED_FOR_GOOD = [4403, 4404];
 
@@ -17,6 +18,7 @@ class Feed {
     this.asking = null;
     this.syncing = false;
     this.stopped = false;
+    this.heard = 0;
     addEventListener("online", () => this.retry());
     document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible") this.retry(); });
   }
@@ -25,11 +27,16 @@ class Feed {
     this.poll(); // until the socket is open
     await this.resync();
     this.connect();
+    this.watch = setInterval(() => {
+      // A network that vanished without a word leaves the socket open: after a silence it is worth asking.
+      if (this.link && performance.now() - this.heard > SILENCE_MS) this.ask();
+    }, SILENCE_MS / 2);
   }
 
   stop() {
     this.stopped = true;
     clearInterval(this.polling);
+    clearInterval(this.watch);
     clearTimeout(this.timer);
     this.link?.close();
     this.onState("over");
@@ -43,7 +50,7 @@ class Feed {
     const link = new WebSocket(address);
     this.link = link;
     link.onopen = () => { this.tries = 0; this.rest(); this.onState("live"); };
-    link.onmessage = (message) => this.hear(JSON.parse(message.data));
+    link.onmessage = (message) => { this.heard = performance.now(); this.hear(JSON.parse(message.data)); };
     link.onclose = (event) => {
       this.link = null;
       if (this.stopped) return;
@@ -211,6 +218,8 @@ function showProgress(root, { done_steps: done, total_steps: total }) {
   const percent = done >= total ? 100 : Math.floor((100 * done) / total);
   const word = root.querySelector("[data-percent]");
   if (word) word.textContent = `${percent} %`;
+  const line = root.querySelector(".lede");
+  line.textContent = line.textContent.replace(/^\d+ %/, `${percent} %`);
   document.title = document.title.replace(/^\d+ %/, `${percent} %`);
 }
 

@@ -41,7 +41,7 @@ ORDER = ("transformers", "peft", "bonsai")
 @require_GET
 def results(request: HttpRequest) -> HttpResponse:
     """Everything that runs have made, the newest first."""
-    found = artifacts_for(request.user).select_related("job__model", "job__dataset").order_by("-created")
+    found = artifacts_for(request.user).select_related("job__model", "job__dataset").defer("files").order_by("-created")
     page = Paginator(found, RESULTS_A_PAGE).get_page(request.GET.get("page"))
     shown = [
         {"artifact": row, "job": row.job, "verdict": verdict(row.description), "methods": telling.leading(row.job)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from jobs.models import ACTIVE, TERMINAL, Job, Status
 from jobs.plain import Refused
 from studio.pages import words
 
+PATIENCE_SECONDS = 30.0  # after the engine could not be asked
+_asked_again_at = 0.0
 EARLY = 0.1  # of the steps; before that, no news is no news
 VERBS = {
     Status.QUEUED: "Will learn to",
@@ -29,10 +32,14 @@ VERBS = {
 
 
 def known() -> Mapping[str, Any]:
-    """The catalogue, or nothing while the engine cannot be asked: a page about a run never waits for the engine."""
+    """The catalogue, or nothing while the engine cannot be asked: a page about a run does not depend on the engine."""
+    global _asked_again_at
+    if time.monotonic() < _asked_again_at:
+        return {}
     try:
         return catalogue()
     except (Refused, OSError, ValueError):
+        _asked_again_at = time.monotonic() + PATIENCE_SECONDS
         return {}
 
 

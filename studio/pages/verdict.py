@@ -27,7 +27,9 @@ class Measure:
     def shown(self, value: Any) -> str:
         if not _is_number(value):
             return "–"
-        return f"{100 * value:.1f}\u00a0%" if self.share else words.number(float(value))
+        if self.share:
+            return f"{100 * value:.1f}\u00a0%"
+        return f"{value:.3f}" if 0.001 <= abs(value) < 100 else words.number(float(value))
 
 
 MEASURES: Mapping[str, Measure] = {
@@ -76,11 +78,10 @@ def _of_shares(description: Mapping[str, Any], after: Scores, baseline: Scores, 
         and len({round(10 * value) for value in shares}) == len(shares)
         else 100
     )
-    rivals = []
-    if _is_number(rival):
-        rivals.append(f"{_name(baseline)}: {_times(float(rival), scale)}")
-    if len(labels) > 1:
-        rivals.append(f"guessing: once of {len(labels)}")
+    known = [side for side in (baseline, *baseline.get("also", [])) if _is_number(side.get("eval_accuracy"))]
+    rivals = [f"{_name(side)}: {_times(float(side['eval_accuracy']), scale)}" for side in known]
+    if len(known) < 2 and len(labels) > 1:
+        rivals.append(f"guessing: 1 of {len(labels)}")
     tone: Tone = "unknown"
     judgement = ""
     if _is_number(rival) and num:
