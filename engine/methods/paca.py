@@ -137,8 +137,21 @@ class PaCA(TrainMethod):
             "The 4-bit form of the paper (QPaCA) is not built here.",
         ),
         figures=(
-            Figure(claim="Training time against LoRA, similar accuracy", paper="-22 % (abstract)"),
-            Figure(claim="Total training memory against LoRA", paper="-16 % (abstract)"),
+            Figure(
+                claim="Training time against LoRA, similar accuracy",
+                paper="-22 % (abstract)",
+                ours="-14 to -22 % a step in fp32, -11 to -20 % in bf16 (CPU, four small models, as many numbers that learn)",
+            ),
+            Figure(
+                claim="Total training memory against LoRA",
+                paper="-16 % (abstract)",
+                ours="-19 to -37 % of what is remembered for backward in fp32 (the same models)",
+            ),
+            Figure(
+                claim="Final loss against LoRA with as many numbers that learn",
+                paper="similar (abstract)",
+                ours="2.83 against 2.82, frozen 5.08 (stories model on Shakespeare, 120 steps, mean of 3 seeds)",
+            ),
             Figure(claim="Longest text that fits, against LoRA", paper="+23 % (abstract)"),
             Figure(claim="Throughput against LoRA, A100 and Gaudi 2", paper="+16 % (abstract)"),
             Figure(claim="MMLU averages for each model", paper="unconfirmed"),
