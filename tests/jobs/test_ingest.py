@@ -78,14 +78,14 @@ def test_a_crash_anywhere_repeats_and_loses_nothing(
 ) -> None:
     """The log grows by torn pieces; the reader dies before, within and after its transaction, and begins anew each time."""
     job = make_job()
-    write_log(job, data.draw(st.integers(1, 60)), per_event=data.draw(st.integers(1, 7))).close()
+    write_log(job, data.draw(st.integers(1, 40)), per_event=data.draw(st.integers(1, 7))).close()
     path = job_folder(job.pk) / "events.jsonl"
     whole = path.read_bytes()
     insert = ingest._insert
     shown = 0
-    monkeypatch.setattr(ingest, "BATCH_BYTES", data.draw(st.integers(600, 5000)))
+    monkeypatch.setattr(ingest, "BATCH_BYTES", data.draw(st.integers(800, 8000)))
     while shown < len(whole):
-        shown = min(len(whole), shown + data.draw(st.integers(1, 4000)))
+        shown = min(len(whole), shown + data.draw(st.integers(200, 6000)))
         path.write_bytes(whole[:shown])
         when = data.draw(st.sampled_from(["never", "before", "after insert", "after commit"]))
 
