@@ -78,7 +78,11 @@ def model_name(job: Job) -> str:
     """The model that the run starts from, by the name that people gave it. Never a path of the server."""
     if job.model is not None:
         return job.model.name
-    scheme, _, name = str(job.recipe.get("model", {}).get("source", "")).partition(":")
+    source = str(job.recipe.get("model", {}).get("source", ""))
+    offered = {model["source"]: str(model["title"]) for model in known().get("models", [])}
+    if source in offered:
+        return offered[source]
+    scheme, _, name = source.partition(":")
     return "a model" if scheme == "folder" else name.rsplit("/", 1)[-1]
 
 

@@ -1,0 +1,1 @@
+"""Tests that drive a real installation in a browser."""
