@@ -102,7 +102,10 @@ def write_peft(payload: Payload, folder: Path) -> Path:
     assert payload.layout == "peft"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", payload.config)
-    save_file({name: tensor.contiguous().clone() for name, tensor in payload.tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.contiguous().clone() for name, tensor in payload.tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
     return folder
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import requests
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from jobs.parts import ROOT
 
@@ -68,14 +69,18 @@ class Installation:
         events: list[dict[str, Any]] = []
         arrivals: list[tuple[float, dict[str, Any]]] = []
         with connect(f"{self.address.replace('http', 'ws')}/ws/jobs/{job}/?after=0", additional_headers={"Cookie": cookie},
-                     origin=self.address, max_size=None) as link:  # type: ignore[arg-type]  # fmt: skip
+                     origin=Origin(self.address), max_size=None) as link:  # fmt: skip
             while True:
                 frame = json.loads(link.recv(timeout=300))
                 now = time.time()
                 for event in frame.get("events", []):
                     events.append(event)
                     arrivals.append((now, event))
-                    if event["kind"] == "status" and event["data"].get("to", event["data"].get("status")) in {"succeeded", "failed", "cancelled"}:
+                    if event["kind"] == "status" and event["data"].get("to", event["data"].get("status")) in {
+                        "succeeded",
+                        "failed",
+                        "cancelled",
+                    }:
                         return events, arrivals
 
     def stop(self) -> None:
@@ -90,7 +95,9 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--runs", type=int, default=10, help="how many jobs to start, one after the other")
-        parser.add_argument("--port", type=int, default=0, help="port of the studio that is measured (default: a free one)")
+        parser.add_argument(
+            "--port", type=int, default=0, help="port of the studio that is measured (default: a free one)"
+        )
 
     def handle(self, *args: Any, **options: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="bonsai-measure-") as folder:
@@ -125,7 +132,10 @@ class Command(BaseCommand):
         first = sorted(run["first"] for run in found)
         delays = sorted(delay for run in found for delay in run["delays"])
         rows = [
-            ("request accepted (all checks done, job in the queue), median", f"{statistics.median(run['accepted'] for run in found):.2f} s"),
+            (
+                "request accepted (all checks done, job in the queue), median",
+                f"{statistics.median(run['accepted'] for run in found):.2f} s",
+            ),
             ("click to the first step in the client, median", f"{statistics.median(first):.2f} s"),
             ("click to the first step in the client, worst", f"{first[-1]:.2f} s"),
             ("event written to event in the client, p50", f"{_quantile(delays, 0.5) * 1e3:.0f} ms"),
@@ -134,7 +144,9 @@ class Command(BaseCommand):
             ("events lost between database and client", f"{sum(run['lost'] for run in found)}"),
         ]
         PAGE.parent.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
         PAGE.write_text("\n".join([
             "# Whole path", "",
             f"Command: `python manage.py measure --runs {len(found)}` · commit {commit} · {time.strftime('%Y-%m-%d')} · "

@@ -211,9 +211,7 @@ def test_bf16_keeps_what_learns_in_fp32_and_follows_the_same_curve(tiny: Tiny, t
     assert {tensor.dtype for tensor in snapshot.trainables.values()} == {torch.float32}
     for one, other in zip(metric_rows(exact), metric_rows(rounded), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
-    run = driver.prepare(
-        require(tiny.recipe(LORA, precision="bf16")), tmp_path, EventLog(tmp_path), Control(tmp_path)
-    )
+    run = driver.prepare(require(tiny.recipe(LORA, precision="bf16")), tmp_path, EventLog(tmp_path), Control(tmp_path))
     frozen = {parameter.dtype for parameter in run.model.parameters() if not parameter.requires_grad}
     assert frozen == {torch.bfloat16}
 

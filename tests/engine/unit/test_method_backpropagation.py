@@ -35,7 +35,9 @@ class Copies(GradientRule):
         return {}
 
 
-def run_of(tiny: Tiny, folder: Path, methods: list[tuple[str, dict[str, Any]]], *, task: str = "causal_lm", **settings: Any) -> Run:
+def run_of(
+    tiny: Tiny, folder: Path, methods: list[tuple[str, dict[str, Any]]], *, task: str = "causal_lm", **settings: Any
+) -> Run:
     recipe = tiny.recipe(methods, task=task, **{"max_length": 128, **settings})
     lay(folder, recipe)
     run = prepare(require(recipe), folder, EventLog(folder), Control(folder))
@@ -67,7 +69,9 @@ def test_any_cut_into_micro_batches_is_the_same_step(tiny: Tiny, tmp_path: Path,
     torch.testing.assert_close(many.grad_norm, one.grad_norm, rtol=1e-5, atol=0)
     assert dense.keys() == summed.keys() == dict(whole.trainables.items()).keys()
     for name, gradient in dense.items():
-        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max() + 1e-3), msg=name)
+        torch.testing.assert_close(
+            summed[name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max() + 1e-3), msg=name
+        )
     assert (one.weight, one.samples, one.tokens) == (many.weight, many.samples, many.tokens)
     assert one.samples == 8 and one.step == 1 and one.epoch == pytest.approx(1 / whole.clock.steps_per_epoch)
 
@@ -124,7 +128,9 @@ def test_terms_count_once_a_step_however_the_batch_is_cut(tiny: Tiny, tmp_path: 
 
 
 def test_the_schedule_sets_the_rate_of_this_step(tiny: Tiny, tmp_path: Path) -> None:
-    run = run_of(tiny, tmp_path, [("full-finetuning", {}), ("linear", {"warmup": 0.5})], max_steps=8, learning_rate=0.01)
+    run = run_of(
+        tiny, tmp_path, [("full-finetuning", {}), ("linear", {"warmup": 0.5})], max_steps=8, learning_rate=0.01
+    )
     rates = []
     for _ in range(8):
         report, _ = update(run, [[0, 1]])
@@ -162,6 +168,9 @@ def test_bf16_runs_forward_in_bf16_and_learns_in_fp32(tiny: Tiny, tmp_path: Path
         run = run_of(tiny, tmp_path / slug, [(slug, params)], precision="bf16")
         exact = run_of(tiny, tmp_path / f"{slug}-exact", [(slug, params)])
         (report, gradients), (precise, _) = update(run, [[0, 1, 2, 3]]), update(exact, [[0, 1, 2, 3]])
-        assert report.loss.item() == pytest.approx(precise.loss.item(), rel=2e-2) and report.loss.item() != precise.loss.item()
+        assert (
+            report.loss.item() == pytest.approx(precise.loss.item(), rel=2e-2)
+            and report.loss.item() != precise.loss.item()
+        )
         assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
         assert {tensor.dtype for tensor in run.trainables.tensors().values()} == {torch.float32}

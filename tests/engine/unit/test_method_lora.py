@@ -39,7 +39,9 @@ def encoder(tiny: Tiny) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(5)
-    return AutoModelForSequenceClassification.from_pretrained(tiny.folder / "encoder", num_labels=3, dtype=torch.float32).eval()
+    return AutoModelForSequenceClassification.from_pretrained(
+        tiny.folder / "encoder", num_labels=3, dtype=torch.float32
+    ).eval()
 
 
 def on_decoder(tiny: Tiny, *, seed: int = 3, **params: Any) -> Attached:
@@ -62,7 +64,9 @@ def test_start_learning_file_and_merge(tiny: Tiny, tmp_path: Path, variant: dict
     learned = attached.logits(batch)
     assert (learned - base).abs().max() > 1e-2
     folder = write_peft(attached.part.export(attached.model), tmp_path / "adapter")
-    torch.testing.assert_close(logits_of(PeftModel.from_pretrained(decoder(tiny), folder), batch), learned, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(PeftModel.from_pretrained(decoder(tiny), folder), batch), learned, rtol=0, atol=1e-5
+    )
 
     assert attached.part.merge(attached.model)
     assert {type(attached.model.get_submodule(name)) for name in attached.facts.model.linears} == {nn.Linear}
@@ -92,7 +96,9 @@ def test_files_equal_those_that_peft_writes(tiny: Tiny, tmp_path: Path, task: st
 
     folder = tiny.folder / ("encoder" if task == "classify" else "decoder")
     model = encoder(tiny) if task == "classify" else decoder(tiny)
-    attached = Attached(model, lora(use_dora=use_dora, targets="attention"), facts_for(model_facts(f"folder:{folder}", task=task), task))
+    attached = Attached(
+        model, lora(use_dora=use_dora, targets="attention"), facts_for(model_facts(f"folder:{folder}", task=task), task)
+    )
     payload = attached.part.export(attached.model)
     kind = {"classify": "SEQ_CLS", "causal_lm": "CAUSAL_LM"}[task]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=payload.config["target_modules"], task_type=kind, use_dora=use_dora,
@@ -100,10 +106,14 @@ def test_files_equal_those_that_peft_writes(tiny: Tiny, tmp_path: Path, task: st
     theirs = get_peft_model(encoder(tiny) if task == "classify" else decoder(tiny), config)
     theirs.save_pretrained(tmp_path)
     expected = load_file(tmp_path / "adapter_model.safetensors")
-    assert {name: tensor.shape for name, tensor in payload.tensors.items()} == {name: tensor.shape for name, tensor in expected.items()}
+    assert {name: tensor.shape for name, tensor in payload.tensors.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     free = {"base_model_name_or_path", "target_modules", "modules_to_save"}
-    assert {k: v for k, v in payload.config.items() if k not in free} == {k: v for k, v in written.items() if k not in free}
+    assert {k: v for k, v in payload.config.items() if k not in free} == {
+        k: v for k, v in written.items() if k not in free
+    }
     assert sorted(payload.config["target_modules"]) == sorted(written["target_modules"])
     assert set(payload.config["modules_to_save"] or ()) <= set(written["modules_to_save"] or ())
 
@@ -120,14 +130,18 @@ def test_a_new_classifier_travels_with_the_adapter(tiny: Tiny, tmp_path: Path) -
     folder = write_peft(attached.part.export(attached.model), tmp_path / "adapter")
     base = encoder(tiny)
     nn.init.normal_(base.classifier.weight)  # the loader must not be lucky
-    torch.testing.assert_close(logits_of(PeftModel.from_pretrained(base, folder), batch), attached.logits(batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(PeftModel.from_pretrained(base, folder), batch), attached.logits(batch), rtol=0, atol=1e-5
+    )
 
 
 def test_only_the_claimed_layers_change_and_nothing_else_learns(tiny: Tiny) -> None:
     before = parameter_copy(decoder(tiny))
     attached = on_decoder(tiny, targets="v_proj", use_dora=True)
     assert sum(p.requires_grad for p in attached.model.parameters()) == len(attached.trainables) == 6
-    assert attached.trainables.num_elements() == LoRA.num_trainable(LoRA.Params(r=4, targets="v_proj", use_dora=True), attached.facts)
+    assert attached.trainables.num_elements() == LoRA.num_trainable(
+        LoRA.Params(r=4, targets="v_proj", use_dora=True), attached.facts
+    )
     attached.train(random_batches(400), 3)
     attached.part.merge(attached.model)
     claimed = LoRA.claims(LoRA.Params(targets="v_proj"), attached.facts)

@@ -65,7 +65,9 @@ def test_a_scale_that_is_no_power_of_two_starts_within_rounding(tiny: Tiny) -> N
     facts = model_facts(f"folder:{tiny.folder / 'decoder'}", task="causal_lm")
     attached = Attached(decoder(tiny.folder / "decoder"), paca(alpha=7), facts_for(facts, "causal_lm"))
     batch = next(random_batches(400))
-    torch.testing.assert_close(attached.logits(batch), logits_of(decoder(tiny.folder / "decoder"), batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        attached.logits(batch), logits_of(decoder(tiny.folder / "decoder"), batch), rtol=0, atol=1e-6
+    )
 
 
 def test_each_layer_draws_its_own_columns_and_the_seed_repeats_them(story: Attached, tiny: Tiny) -> None:
@@ -110,7 +112,9 @@ def test_gradient_equals_the_columns_of_the_dense_gradient(story: Attached, tiny
             dense.get_submodule(name).weight.copy_(layer.weight)
     batch = next(batches)
     story.loss(batch).backward()
-    nn.functional.cross_entropy(dense(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()).backward()
+    nn.functional.cross_entropy(
+        dense(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    ).backward()
     for name, layer in column_layers(story.model).items():
         expected = layer.scale * dense.get_submodule(name).weight.grad[:, layer.index]
         assert layer.columns.grad is not None
@@ -124,7 +128,10 @@ def test_any_number_of_leading_dimensions(shape: tuple[int, ...], bias: bool) ->
     torch.manual_seed(1)
     plain = nn.Linear(16, 12, bias=bias).double()
     layer = ColumnLinear(copy.deepcopy(plain), torch.tensor([1, 5, 11]), 2.0)
-    mine, theirs = (torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2))
+    mine, theirs = (
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        for _ in range(2)
+    )
     ours, expected = layer(mine), plain(theirs)
     assert torch.equal(ours, expected)
     ours.square().sum().backward()
@@ -231,7 +238,9 @@ def test_other_columns_stay_bit_identical_on_a_real_language_model(shared_data: 
     rows = ids[: len(ids) // 64 * 64].view(-1, 64)
     model = decoder(folder)
     before = parameter_copy(model)
-    attached = Attached(model, paca(r=8, alpha=8), facts_for(model_facts(f"folder:{folder}", task="causal_lm"), "causal_lm"))
+    attached = Attached(
+        model, paca(r=8, alpha=8), facts_for(model_facts(f"folder:{folder}", task="causal_lm"), "causal_lm")
+    )
     kept_back, *learned = ({"input_ids": part, "labels": part} for part in rows.split(8))
     at_first = attached.loss(kept_back).item()
     attached.train(iter(learned), 20, 5e-3)
@@ -245,9 +254,14 @@ def test_other_columns_stay_bit_identical_on_a_real_encoder() -> None:
     folder = Path(get_model_path())
     model = encoder(folder)
     before = parameter_copy(model)
-    attached = Attached(model, paca(r=8, alpha=8), facts_for(model_facts(f"folder:{folder}", task="classify"), "classify"))
+    attached = Attached(
+        model, paca(r=8, alpha=8), facts_for(model_facts(f"folder:{folder}", task="classify"), "classify")
+    )
     assert set(dict(attached.trainables.items())) == {
-        *(f"{name}.columns" for name in attached.facts.model.linears), "fresh.classifier.weight", "fresh.classifier.bias"}
+        *(f"{name}.columns" for name in attached.facts.model.linears),
+        "fresh.classifier.weight",
+        "fresh.classifier.bias",
+    }
     batch = next(random_batches(20_000, classes=3))
     losses = attached.train(iter([batch] * 20), 20, 1e-3)
     assert_only_columns_move(attached, before)
@@ -324,7 +338,9 @@ def test_lora_form_carries_the_fresh_classifier(topics: Attached, tiny: Tiny, tm
     torch.manual_seed(99)
     base = encoder(tiny.folder / "encoder")
     nn.init.normal_(base.classifier.weight)  # the loader must not be lucky
-    torch.testing.assert_close(logits_of(PeftModel.from_pretrained(base, folder), batch), topics.logits(batch), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of(PeftModel.from_pretrained(base, folder), batch), topics.logits(batch), rtol=0, atol=1e-5
+    )
 
 
 def test_own_form_restores_on_another_seed(topics: Attached, tiny: Tiny) -> None:
@@ -337,7 +353,10 @@ def test_own_form_restores_on_another_seed(topics: Attached, tiny: Tiny) -> None
     other.part.restore(other.model, payload)
     assert torch.equal(other.logits(batch), topics.logits(batch))
     name = next(iter(topics.facts.model.linears))
-    assert torch.equal(payload.tensors[f"{name}.original"], encoder(tiny.folder / "encoder").get_submodule(name).weight[:, payload.tensors[f"{name}.index"]])
+    assert torch.equal(
+        payload.tensors[f"{name}.original"],
+        encoder(tiny.folder / "encoder").get_submodule(name).weight[:, payload.tensors[f"{name}.index"]],
+    )
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -369,7 +388,10 @@ def test_claims_and_counts(tiny: Tiny, story: Attached) -> None:
     params = PaCA.Params(r=4)
     assert PaCA.num_trainable(params, facts) == story.trainables.num_elements()
     assert PaCA.claims(PaCA.Params(r=4, targets="attention"), facts) == {
-        f"model.layers.{i}.self_attn.{leaf}.weight" for i in range(2) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        f"model.layers.{i}.self_attn.{leaf}.weight"
+        for i in range(2)
+        for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
     inside = PaCA.claims(PaCA.Params(r=4, targets="feed-forward"), facts)
     assert inside and inside | PaCA.claims(PaCA.Params(r=4, targets="attention"), facts) == PaCA.claims(params, facts)
 
