@@ -161,11 +161,17 @@ def text_of(value: Any) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, list | tuple):
-        plain = all(
-            isinstance(item, str | int | float) and "," not in str(item) and str(item).strip() for item in value
-        )
+        plain = all(_is_bare(item) for item in value) and not (value and str(value[0]).startswith("["))
         return ", ".join(text_of(item) for item in value) if plain else json.dumps(value, ensure_ascii=False)
     return json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value)
+
+
+def _is_bare(item: Any) -> bool:
+    """Whether an item of a list needs no quotes."""
+    text = str(item)
+    return (
+        isinstance(item, str | int | float) and text == text.strip() != "" and not any(mark in text for mark in ",\n")
+    )
 
 
 def render(

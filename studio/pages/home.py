@@ -50,7 +50,10 @@ def _starters(user: User) -> list[Dataset]:
 @require_GET
 def home_live(request: PageRequest) -> HttpResponse:
     """The panel of the live run, asked for again every few seconds."""
-    return render(request, "pages/home_live.html", _live_context(_live(request.user)))
+    response = render(request, "pages/home_live.html", _live_context(live := _live(request.user)))
+    if live is None:
+        response["HX-Refresh"] = "true"  # it has ended, so the rest of the page is no longer true either
+    return response
 
 
 def _live(user: Any) -> Job | None:

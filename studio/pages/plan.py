@@ -99,6 +99,21 @@ class Plan:
         for name in ("dataset", "model", "method"):
             self.__dict__.pop(name, None)
 
+    def forget_what_vanished(self) -> None:
+        """What was deleted since it was chosen has to be chosen again; the reason is told like any other fault."""
+        draft = self.draft
+        for name, row, words_for in (
+            ("dataset", self.dataset, "data set"),
+            ("model", self.model, "model"),
+            ("method", self.method, "method"),
+        ):
+            if getattr(draft, name) and row is None:
+                setattr(draft, name, "")
+                self.unread.append({
+                    "where": name, "what": f"The {words_for} that you had chosen is not there any more.", "why": "It was deleted or removed.",
+                    "way_out": "Choose another one.", "code": "vanished",
+                })  # fmt: skip
+
     def step(self, asked: str = "") -> str:
         """The step that is open: the one that was asked for, unless an earlier one is not done."""
         draft = self.draft

@@ -149,7 +149,8 @@ def _show(
     pasted_faults: list[dict[str, str]] | None = None,
     status: int = 200,
 ) -> HttpResponse:
-    plan = Plan(request.user, draft, draft.unread() if unread is None else unread)
+    plan = Plan(request.user, draft, draft.unread() if unread is None else list(unread))
+    plan.forget_what_vanished()
     open_step = plan.step(asked)
     context: dict[str, Any] = {
         "plan": plan, "draft": draft, "open": open_step, "refused": refused, "pasted": pasted, "pasted_faults": pasted_faults or [],
