@@ -27,10 +27,12 @@ class Taken:
 
     num_events: int = 0
     states: list[str] = field(default_factory=list)
+    message: str = ""  # what the child says it is doing
 
     def add(self, other: Taken) -> None:
         self.num_events += other.num_events
         self.states += other.states
+        self.message = other.message or self.message
 
 
 @dataclass
@@ -135,6 +137,7 @@ def _note(batch: _Batch, kind: str, step: int, data: dict[str, Any]) -> None:
         changes["crashes"] = 0  # it went on since the last crash, so it is not failing in a circle
     elif kind == "state":
         batch.taken.states.append(str(data.get("state")))
+        batch.taken.message = changes["message"] = str(data.get("message", ""))
     elif kind == "child":
         changes["total_steps"] = data.get("total_steps") or 0
 

@@ -100,8 +100,8 @@ class Supervision:
         while True:
             try:
                 return step(**arguments)
-            except (OperationalError, InterfaceError):
-                logger.warning("Job %s: the database does not answer; trying again.", self.job.pk, exc_info=True)
+            except (OperationalError, InterfaceError) as error:
+                logger.warning("Job %s: the database does not answer (%s); trying again.", self.job.pk, error)
                 connection.close()
                 time.sleep(1.0)
 
@@ -123,7 +123,7 @@ class Supervision:
         taken = self.ingester.drain()
         now = time.monotonic()
         if self.job.status == Status.STARTING and "running" in taken.states:
-            self._move(Status.RUNNING, message="")
+            self._move(Status.RUNNING, message=taken.message)
         if self._deadline is not None and taken.states:
             # It heard the request and is exporting or saving; that may take longer than a step.
             self._deadline = now + 10 * settings.BONSAI_GRACE_SECONDS
