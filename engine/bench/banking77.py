@@ -10,7 +10,7 @@ from typing import Any
 from engine.bench.report import Section, Study
 from engine.bench.whole_runs import Finished, run_alone, shared_data
 
-EPOCHS, BATCH, SEED = 4, 32, 17
+EPOCHS, BATCH, SEED = 3, 32, 17
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA r=8": ("lora", {"r": 8, "alpha": 16}),
     "PaCA r=16": ("paca", {"r": 16, "alpha": 16}),

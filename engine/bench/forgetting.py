@@ -13,8 +13,8 @@ import torch
 from engine.bench.report import Section, Study
 from engine.bench.whole_runs import run_alone, shared_data
 
-SEEDS = (17, 18, 19)
-STEPS, BATCH, LENGTH = 300, 16, 256
+SEEDS = (17, 18)
+STEPS, BATCH, LENGTH = 200, 16, 256
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "Full": ("full-finetuning", {}),
     "HFT": ("hft", {}),

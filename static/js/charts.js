@@ -124,6 +124,16 @@ export function spoken(value) {
   return value.toFixed(3);
 }
 
+function extremes(values) {
+  let low = Infinity;
+  let high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return values.length ? [low, high] : [1, 1];
+}
+
 function lines(text, width = 46) {
   const rows = [""];
   for (const word of text.split(/\s+/)) {
@@ -187,14 +197,13 @@ export class RunChart {
     this.drawn = performance.now();
     const first = this.place.querySelector(".js-plotly-plot, .main-svg") === null;
     if (first) this.place.replaceChildren();
-    const drawing = Plotly.react(this.place, this.traces(), this.layout(), { responsive: true, displayModeBar: false, doubleClick: false });
+    const drawing = Plotly.react(this.place, this.traces(), this.layout(), { responsive: true, displayModeBar: false, doubleClick: false, showTips: false });
     if (first) drawing.then(() => this.listen());
   }
 
   listen() {
     this.place.on("plotly_hover", (event) => {
-      const point = event.points.find((each) => each.data.meta !== "flag");
-      if (point) this.onread(this.valuesAt(point.x));
+      this.onread(this.valuesAt(event.points[0].x));
     });
     this.place.on("plotly_unhover", () => this.onread(null));
     this.place.on("plotly_relayout", (change) => { if ("xaxis.range[0]" in change) { this.showZoom(true); this.request(); } });
@@ -282,16 +291,35 @@ export class RunChart {
     traces.push({
       ...this.line(held, held.value, { mode: "lines+markers", cliponaxis: false, line: { color: blue, width: 2, dash: "6px,3px" } }),
       marker: { color: held.value.map((_, place) => (place === best ? blue : colour("surface"))), size: held.value.map((_, place) => (place === best ? 11 : 7)),
-        symbol: held.value.map((_, place) => (place === best ? "diamond" : "circle")), line: { color: blue, width: 2 } },
+        opacity: 1, symbol: held.value.map((_, place) => (place === best ? "diamond" : "circle")), line: { color: blue, width: 2 } },
     });
     traces.push({
-      type: "scatter", mode: "markers", meta: "flag", yaxis: "y3", cliponaxis: false, hoverinfo: "text",
+      type: "scatter", mode: "markers", yaxis: "y3", cliponaxis: false, hoverinfo: "skip",
       x: signals.map((signal) => signal[this.axis] / size), y: signals.map(() => 0.985),
-      text: signals.map((signal) => `<b>${SIGNAL_WORDS[signal.action] ?? "Note"}</b><br>${lines(signal.message)}`),
       marker: { symbol: "triangle-right", size: 13, color: signals.map((signal) => colour(SIGNAL_COLOURS[signal.action] ?? "ink-3")) },
-      hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("edge"), align: "left", font: { color: colour("ink"), size: 13 } },
     });
     return traces;
+  }
+
+  /** An empty label over each flag, which shows its sentence to whoever points at it. */
+  notes() {
+    const label = { bgcolor: bonsai.colour("raised"), bordercolor: bonsai.colour("edge"),
+      font: { color: bonsai.colour("ink"), size: 13, family: getComputedStyle(document.body).fontFamily } };
+    return this.curves.signals.map((signal) => ({
+      text: "&nbsp;", width: 18, height: 18, showarrow: false, xref: "x", yref: "y3", x: signal[this.axis] / this.unit().size, y: 0.985, captureevents: true,
+      hovertext: `<b>${SIGNAL_WORDS[signal.action] ?? "Note"}</b><br>${lines(signal.message)}`, hoverlabel: label,
+    }));
+  }
+
+  /** The ticks of a logarithmic axis: 1, 2 and 5 of every power of ten that the values touch. */
+  ticks(...curves) {
+    const values = curves.flatMap((curve) => curve.value).filter((value) => value > 0);
+    const low = Math.floor(Math.log10(Math.min(...extremes(values))));
+    const high = Math.ceil(Math.log10(Math.max(...extremes(values))));
+    const powers = Array.from({ length: Math.max(1, high - low + 1) }, (_, place) => low + place);
+    const digits = powers.length > 4 ? [1] : [1, 2, 5];
+    const found = powers.flatMap((power) => digits.map((digit) => Number(`${digit}e${power}`)));
+    return { tickmode: "array", tickvals: found, ticktext: found.map((value) => String(value)) };
   }
 
   layout() {
@@ -315,10 +343,10 @@ export class RunChart {
         tickcolor: colour("line"), linecolor: colour("line"), showline: true, separatethousands: true, rangemode: "nonnegative",
         title: { text: unit.word, font: { color: colour("ink-3"), size: 12 }, standoff: 8 },
         showspikes: true, spikemode: "across", spikesnap: "hovered data", spikethickness: 1, spikedash: "solid", spikecolor: colour("edge") },
-      yaxis: { ...grid, domain: [0.37, 1], type: this.log ? "log" : "linear", ...(this.log ? { dtick: "D2", nticks: undefined } : { rangemode: "tozero" }) },
-      yaxis2: { ...grid, domain: [0, 0.27], nticks: 3, type: this.log ? "log" : "linear", ...(this.log ? {} : { rangemode: "tozero" }) },
+      yaxis: { ...grid, domain: [0.37, 1], type: this.log ? "log" : "linear", ...(this.log ? this.ticks(this.curves.loss, this.curves.held) : { rangemode: "tozero" }) },
+      yaxis2: { ...grid, domain: [0, 0.27], nticks: 3, type: this.log ? "log" : "linear", ...(this.log ? this.ticks(this.curves.norm) : { rangemode: "tozero" }) },
       yaxis3: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
-      annotations: [label("Loss", 1.005), label("Gradient norm", 0.275)],
+      annotations: [label("Loss", 1.005), label("Gradient norm", 0.275), ...this.notes()],
       shapes: edge > 0 ? [band, ...this.curves.signals.map(pole)] : this.curves.signals.map(pole),
     };
   }

@@ -231,11 +231,13 @@ def _code(artifact: Artifact, form: str, layout: str) -> str:
         return f'from transformers import pipeline\n\nmodel = pipeline("{pipe}", model="{folder}")\nprint(model("Write a text here"))'
     if layout == "peft":
         scheme, _, name = str((artifact.description.get("base") or {}).get("source", "")).partition(":")
-        base = f'"{name}"' if scheme == "hub" else '"base-model"  # the folder of the model it was learned on'
-        sized = f"base, num_labels={len(labels)}" if labels else "base"
+        base = f'"{name}"' if scheme == "hub" else '"base-model"'
+        sized = f", num_labels={len(labels)}" if labels else ""
+        hint = "" if scheme == "hub" else "  # the folder of the model it was learned on"
         return (
-            f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {head}\n\nbase = {base}\n"
-            f'model = PeftModel.from_pretrained({head}.from_pretrained({sized}), "{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")'
+            f"from peft import PeftModel\nfrom transformers import AutoTokenizer, {head}\n\n"
+            f"base = {head}.from_pretrained({base}{sized}){hint}\n"
+            f'model = PeftModel.from_pretrained(base, "{folder}")\ntokenizer = AutoTokenizer.from_pretrained("{folder}")'
         )
     if layout == "bonsai":
         return f'from safetensors.torch import load_file\n\nlearned = load_file("{folder}/adapter.safetensors")'

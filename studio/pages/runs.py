@@ -239,7 +239,7 @@ def _line(event: Event) -> dict[str, Any] | None:
             if data.get("to") in Status.values
             else str(data.get("to", ""))
         )
-        text = f"{word}: {data['message']}" if data.get("message") else f"{word}."
+        text = str(data.get("message") or f"{word}.")
     elif event.kind == "checkpoint":
         text = "Saved a checkpoint; it is the best one so far." if data.get("best") else "Saved a checkpoint."
     elif event.kind == "child" and (data.get("attempt") or 1) > 1:
@@ -259,7 +259,14 @@ def _still(job: Job) -> dict[str, Any] | None:
     if not loss:
         return None
     values = [value for curve in (loss, held) if curve for value in curve["value"] if value is not None]
-    high, last = max(values, default=1.0) or 1.0, loss["step"][-1] or 1
+    high, last = 1.05 * (max(values, default=1.0) or 1.0), max(1, loss["step"][-1])
+    if (
+        job.status not in TERMINAL and last < job.total_steps
+    ):  # the plan opens in the same stages as in the script's chart
+        last = next(
+            (share * job.total_steps for share in (0.2, 0.4, 0.6, 0.8) if last <= 0.85 * share * job.total_steps),
+            job.total_steps,
+        )
     return {"loss": _points(loss, last, high), "held": _points(held, last, high) if held else ""}
 
 
