@@ -311,7 +311,7 @@ def test_health_counts_warnings_and_waits_for_evidence(ada: User) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "settings", "changes"),
+    ("code", "now", "changes"),
     [
         ("not_finite", {"learning_rate": 0.002}, {"learning_rate": 0.0002}),
         ("out_of_memory", {"batch_size": 16, "accumulate": 1}, {"batch_size": 8, "accumulate": 2}),
@@ -321,9 +321,9 @@ def test_health_counts_warnings_and_waits_for_evidence(ada: User) -> None:
     ],
 )  # fmt: skip
 def test_a_failure_offers_the_change_that_mends_it(
-    ada: User, code: str, settings: dict[str, Any], changes: dict[str, Any] | None
+    ada: User, code: str, now: dict[str, Any], changes: dict[str, Any] | None
 ) -> None:
-    job = Job(owner=ada, status=Status.FAILED, faults=[{"code": code}], recipe={**RECIPE, "settings": settings})
+    job = Job(owner=ada, status=Status.FAILED, faults=[{"code": code}], recipe={**RECIPE, "settings": now})
     found = telling.remedy(job)
     assert (dict(found.settings) if found else None) == changes
 
