@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page, WebSocketRoute, expect
 
+from tests.e2e.conftest import NewVisitor
 from tests.e2e.installation import Installation
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -30,21 +30,14 @@ SERIES = """() => {
 LIVE_MS, LONG_MS = 60_000, 240_000
 
 
-@pytest.fixture(scope="module")
-def studio(
-    tmp_path_factory: pytest.TempPathFactory, browser_type_launch_args: dict[str, Any]
-) -> Iterator[Installation]:
-    """A studio for this file; asking for the browser first means that without one nothing is started."""
-    installation = Installation(tmp_path_factory.mktemp("studio"))
-    installation.start()
-    yield installation
-    installation.stop()
+@pytest.fixture
+def studio(place: Installation) -> Installation:
+    return place
 
 
 @pytest.fixture
-def visitor(studio: Installation, context: BrowserContext) -> BrowserContext:
-    studio.log_in(context)
-    return context
+def visitor(new_visitor: NewVisitor) -> BrowserContext:
+    return new_visitor()
 
 
 class Sockets:
@@ -184,7 +177,7 @@ def test_a_run_is_watched_through_broken_lines(studio: Installation, visitor: Br
 
 
 def test_a_run_is_steered_by_keyboard_and_without_scripts(
-    studio: Installation, visitor: BrowserContext, browser: Any
+    studio: Installation, visitor: BrowserContext, new_visitor: NewVisitor
 ) -> None:
     quiet = {**RECIPE, "name": "Stopped run", "settings": {**RECIPE["settings"], "max_steps": 2000, "epochs": 500}}
     job = studio.post(visitor, "/api/v1/jobs", quiet)["id"]
@@ -201,8 +194,7 @@ def test_a_run_is_steered_by_keyboard_and_without_scripts(
     assert studio.get(visitor, f"/api/v1/jobs/{job}")["status"] == "running"
 
     # Without scripts the same buttons are plain forms.
-    plain = browser.new_context(java_script_enabled=False, storage_state=visitor.storage_state())
-    bare = plain.new_page()
+    bare = new_visitor(java_script_enabled=False).new_page()
     bare.goto(f"{studio.address}/runs/{job}/")
     expect(bare.locator("h1")).to_contain_text("Learning to sort texts")
     expect(bare.locator(".still polyline").first).to_be_attached()
@@ -222,7 +214,6 @@ def test_a_run_is_steered_by_keyboard_and_without_scripts(
     bare.get_by_role("button", name="Cancel").click()
     bare.get_by_role("button", name="Cancel the run").click()
     expect(page.locator(".run-status .status")).to_contain_text("Cancelled", timeout=LONG_MS)
-    plain.close()
 
 
 def test_long_curves_are_thinned_without_losing_a_spike(studio: Installation, visitor: BrowserContext) -> None:
