@@ -6,9 +6,7 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from django.contrib.auth.models import User
@@ -97,7 +95,7 @@ def make_run(
     return job
 
 
-def learn(job: Job, done: int, total: int, *, warn: str = "", seed: int = 1, interrupted: Sequence[int] = ()) -> None:
+def learn(job: Job, done: int, total: int, *, warn: str = "", seed: int = 1) -> None:
     """Write the events of the first `done` steps and what the job row keeps of them."""
     luck = random.Random(seed)
     start = time.time() - 190
@@ -353,8 +351,3 @@ def make_model() -> ModelEntry:
     return ModelEntry.objects.create(
         name="MiniLM", source="starter:minilm", kind="encoder", family="bert", num_parameters=22_713_216
     )
-
-
-def folder_of(job: Job) -> Path:
-    """Where the files of a run lie."""
-    return job_folder(job.pk)
