@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.core.method import Card, Cost, TrainMethod
-from engine.core.params import HyperParams, dial
 from engine.core.slots import Slot
-from engine.parts.schedules import Shaped, level
+from engine.parts.schedules import Rising, Shaped, level
 from engine.train.parts import PartContext
 
 
@@ -32,17 +31,8 @@ class Constant(TrainMethod):
     slots = (Slot.SCHEDULE,)
     presets = {"tiny": {}, "paper": {"warmup": 0.0}}
 
-    class Params(HyperParams):
+    class Params(Rising):
         """Hyperparameters of the schedule."""
-
-        warmup: float = dial(
-            0.05,
-            label="Gentle start",
-            unit="share",
-            low=0.0,
-            high=0.9,
-            help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.",
-        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [Shaped(self.params.warmup, level)]

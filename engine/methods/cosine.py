@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.core.method import Card, Cost, TrainMethod
-from engine.core.params import HyperParams, dial
 from engine.core.slots import Slot
-from engine.parts.schedules import Shaped, falling_cosine
+from engine.parts.schedules import Falling, Shaped, falling_cosine
 from engine.train.parts import PartContext
 
 
@@ -37,25 +36,8 @@ class Cosine(TrainMethod):
     default = True
     presets = {"tiny": {}, "paper": {"warmup": 0.0}}
 
-    class Params(HyperParams):
+    class Params(Falling):
         """Hyperparameters of the schedule."""
-
-        warmup: float = dial(
-            0.05,
-            label="Gentle start",
-            unit="share",
-            low=0.0,
-            high=0.9,
-            help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.",
-        )
-        final: float = dial(
-            0.0,
-            label="Rate at the end",
-            unit="share",
-            low=0.0,
-            high=1.0,
-            help="The share of the learning rate that is left at the very end.",
-        )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [Shaped(self.params.warmup, falling_cosine(self.params.final))]

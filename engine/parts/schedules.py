@@ -6,10 +6,38 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from engine.core.params import HyperParams, dial
 from engine.train.parts import Schedule
 
 if TYPE_CHECKING:
     from engine.train.clock import Clock
+
+
+class Rising(HyperParams):
+    """Hyperparameters of a schedule that rises and stays."""
+
+    warmup: float = dial(
+        0.05,
+        label="Gentle start",
+        unit="share",
+        low=0.0,
+        high=0.9,
+        help="The learning rate rises step by step over this share of the run, so that the first steps break nothing.",
+    )
+
+
+class Falling(Rising):
+    """Hyperparameters of a schedule that rises and falls."""
+
+    final: float = dial(
+        0.0,
+        label="Rate at the end",
+        unit="share",
+        low=0.0,
+        high=1.0,
+        help="The share of the learning rate that is left at the very end.",
+    )
+
 
 Shape = Callable[[float], float]  # share of the way after the rise, 0 ≤ x < 1 -> factor
 

@@ -85,7 +85,7 @@ def test_nothing_is_left_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["cd /root/x", 'open("/tmp/a")', "see /home/ann/notes", r"C:\Users\ann", "(/work/main)"]
+    "line", ["cd /root/x", 'open("/tmp/a")', "see /home/ann/notes", r"C:\Users\ann", "(/mnt/disk/app)"]
 )
 def test_a_folder_of_one_machine_is_noticed(line: str) -> None:
     assert list(line_faults("x.md", line, OF_ONE_MACHINE))
