@@ -170,7 +170,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
     signals = [{**event.data, "step": event.step} for event in events if event.kind == "signal"]
     evaluations = [{**NOT_MEASURED, **event.data, "step": event.step} for event in events if event.kind == "evaluation"]
     row = {**dict.fromkeys(METRICS), **(newest.data["rows"][-1] if newest else {})}  # templates see None, never a hole
-    last = next((event.data for event in story if event.kind == "state"), {})
+    last: dict[str, Any] = next((event.data for event in story if event.kind == "state"), {})
     doing = (
         str(last.get("message", "")) if last.get("state") != "running" else ""
     )  # that one is about what comes, not what is
