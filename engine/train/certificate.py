@@ -147,15 +147,21 @@ def _official_logits(model: nn.Module, batch: dict[str, Tensor], task: str) -> T
 
 def _sentence(ok: bool, damaged: list[str], forms: list[dict[str, Any]]) -> str:
     if damaged:
-        return f"{len(damaged)} file(s) differ from what was exported, first {damaged[0]}: do not use this copy, download it again or train again."
-    if not ok:
-        bad = next((form for form in forms if not form["ok"]), None)
-        return (
-            f"The form '{bad['form']}' does not answer like the trained model. {bad['sentence']}"
-            if bad
-            else "Nothing could be checked."
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        what = (
+            f"{damaged[0]}{more} differ from what was exported"
+            if more
+            else f"{damaged[0]} differs from what was exported"
         )
-    return f"A clean process loaded all {len(forms)} form(s) and got the answers of the trained model."
+        return f"{what}: do not use this copy, download it again or train again."
+    bad = next((form for form in forms if not form["ok"]), None)
+    if bad is not None:
+        return f"The form '{bad['form']}' does not answer like the trained model. {bad['sentence']}"
+    if not ok:
+        return "Nothing could be checked."
+    names = [f"'{form['form']}'" for form in forms]
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"A clean process loaded {listed} and got the answers of the trained model."
 
 
 def _versions() -> dict[str, str]:
