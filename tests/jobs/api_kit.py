@@ -117,7 +117,7 @@ def artifact(owner: User, *, name: str = "Mine", size: int = 5000) -> Artifact:
     content_id = seal(folder)
     certificate = {
         "ok": True,
-        "sentence": "A clean process loaded all 2 form(s) and got the answers of the trained model.",
+        "sentence": "A clean process loaded 'adapter' and 'merged' and got the answers of the trained model.",
         "forms": [],
     }
     (folder / "certificate.json").write_text(json.dumps(certificate), encoding="utf-8")

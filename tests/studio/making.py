@@ -320,7 +320,7 @@ def certificate(good: bool) -> dict[str, Any]:
             "sentence": "peft gives the same best answer at 61.0% of 32 places; the largest difference is 2.7.",
         }
     said = (
-        "A clean process loaded all 3 form(s) and got the answers of the trained model."
+        "A clean process loaded 'adapter', 'lora' and 'merged' and got the answers of the trained model."
         if good
         else (
             "The form 'lora' does not answer like the trained model. peft gives the same best answer at 61.0% of 32 places; the largest difference is 2.7."
