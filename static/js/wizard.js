@@ -82,13 +82,15 @@ let open = [];
 document.addEventListener("htmx:beforeSwap", () => {
   open = [...document.querySelectorAll("#wizard details[data-keep][open]")].map((fold) => fold.id);
 });
-document.addEventListener("htmx:afterSwap", () => {
-  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+document.addEventListener("htmx:afterSettle", () => { // only now does the new form answer to htmx
   const wizard = document.getElementById("wizard");
-  const faults = wizard && wizard.querySelector(".fault-list");
-  const target = faults || (wizard && document.getElementById(wizard.dataset.focus));
-  if (!target) return;
+  if (!wizard || !wizard.dataset.focus) return; // some other part of the page was redrawn
+  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
+  const faults = wizard.querySelector(".fault-list");
+  const target = faults || document.getElementById(wizard.dataset.focus);
+  delete wizard.dataset.focus;
   target.setAttribute("tabindex", "-1");
   target.focus({ preventScroll: true });
-  target.scrollIntoView({ block: faults ? "center" : "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  target.scrollIntoView({ block: faults ? "center" : "nearest", behavior: still ? "auto" : "smooth" });
 });

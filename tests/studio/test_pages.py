@@ -261,7 +261,7 @@ def test_the_rail_says_where_one_is(full: Visitor, table: Dataset) -> None:
         ("/new/", "New run"),
     ):
         text = full.read(address)
-        current = re.search(r'<nav aria-label="Main">.*?aria-current="page">.*?<span>(.*?)</span>', text, re.DOTALL)
+        current = re.search(r'<div class="places">.*?aria-current="page">.*?<span>(.*?)</span>', text, re.DOTALL)
         assert current and current[1] == place
 
 
