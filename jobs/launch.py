@@ -71,13 +71,10 @@ def start(job: Job, folder: Path) -> Child:
     gpu = gpu_index(job.device)
     service = engine(timeout=20.0)
     if gpu is None and service.alive():
-        try:
+        # It may die in this very moment, or answer too late and have launched after all. Then a process of our own is started
+        # as well, and the folder's lock lets one of the two work; what is wrong with the folder, that one says.
+        with suppress(EngineError, OSError, ValueError, subprocess.SubprocessError):
             answer = service.call("launch", folder=str(folder))
-        except EngineError as error:
-            if error.reason != "environment":
-                raise
-            # It answered too late, and perhaps launched after all: the folder's lock lets only one child of the two work.
-        else:
             return Child(int(answer["pid"]), int(answer["started"]))
     return _spawn(folder, gpu)
 

@@ -22,17 +22,22 @@ def reconcile() -> list[uuid.UUID]:
     adopted = [job.pk for job in _abandoned() if schedule.adopt(job)]
     for job_id in adopted:
         logger.warning("Job %s: its worker is gone; this one takes over.", job_id)
-    return [*adopted, *schedule.waiting(limit=schedule.num_free_devices())]
+    return [*_ours_but_unattended(), *schedule.waiting(limit=schedule.num_free_devices())]
+
+
+def _ours_but_unattended() -> list[uuid.UUID]:
+    """Jobs of this process that no thread stays with (yet). They are sent again and not adopted again: a second new epoch would shut out
+    the thread that is just taking the job up."""
+    ours = Job.objects.filter(status__in=ACTIVE, lease_owner=this_process()).values_list("pk", flat=True)
+    here = supervisor.supervised_here()
+    return [job_id for job_id in ours if job_id not in here]
 
 
 def _abandoned() -> list[Job]:
-    here = supervisor.supervised_here()
     sure: list[Job] = []
     suspects: list[Job] = []
-    for job in Job.objects.filter(status__in=ACTIVE):
-        if job.pk in here:
-            continue
-        if job.lease_owner == this_process() or is_gone(job.lease_owner):
+    for job in Job.objects.filter(status__in=ACTIVE).exclude(lease_owner=this_process()):
+        if is_gone(job.lease_owner):
             sure.append(job)
         elif _odd(job):
             suspects.append(job)

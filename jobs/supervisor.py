@@ -45,9 +45,8 @@ def work(hint: uuid.UUID) -> None:
     """Take up the job `hint` if this process adopted it, or else claim the one whose turn it is; return when it rests."""
     if shutting_down.is_set():
         return
-    job = (
-        Job.objects.filter(pk=hint, status__in=ACTIVE, lease_owner=processes.this_process()).first() or schedule.claim()
-    )
+    ours = Job.objects.filter(status__in=ACTIVE, lease_owner=processes.this_process())
+    job = ours.filter(pk=hint).first() or schedule.claim()
     if job is None:
         return
     with _lock:
@@ -55,7 +54,9 @@ def work(hint: uuid.UUID) -> None:
             return
         _mine.add(job.pk)
     try:
-        Supervision(job).run()
+        mine = ours.filter(pk=job.pk).first()  # as it is now that no other thread of ours can take it
+        if mine is not None:
+            Supervision(mine).run()
     except Fenced as error:
         logger.warning("Job %s: %s This worker leaves it.", job.pk, error)
     finally:

@@ -17,6 +17,7 @@ from django.db import connection
 from django.db.models import F
 from django.utils import timezone
 
+from engine.core.errors import bad_input
 from jobs import actions, launch, schedule, supervisor
 from jobs.lifecycle import Fenced, transition
 from jobs.models import TERMINAL, Artifact, Device, Event, Job, Status
@@ -222,6 +223,38 @@ def test_a_dead_workers_child_is_found_and_not_started_again(make_job: MakeJob, 
     assert fresh(job).status == Status.SUCCEEDED and len(children) == 1 and fresh(job).attempt == 1
     assert steps(job) == list(range(1, 41))
     assert_told_once(job)
+
+
+def test_looking_twice_adopts_once(make_job: MakeJob) -> None:
+    """The reconciler runs when the consumer starts and in the same moment as a task: the second look must not shut the first one's worker out."""
+    job = make_job()
+    claimed = schedule.claim()
+    assert claimed is not None
+    Job.objects.filter(pk=job.pk).update(lease_owner=gone())
+    assert reconcile() == [job.pk] == reconcile(), "it is sent again until a thread stays with it"
+    assert fresh(job).lease_epoch == claimed.lease_epoch + 1
+
+
+def test_a_service_that_dies_while_it_launches_costs_nothing(
+    make_job: MakeJob, children: list[launch.Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying:
+        def alive(self) -> bool:
+            return True
+
+        def call(self, name: str, **request: object) -> dict[str, object]:
+            raise bad_input(
+                "call",
+                "There is no call 'launch'.",
+                "The service died, and a fresh process cannot launch.",
+                "",
+                "unknown_call",
+            )
+
+    monkeypatch.setattr(launch, "engine", lambda timeout: Dying())
+    job = make_job(name="works")
+    supervisor.work(job.pk)
+    assert fresh(job).status == Status.SUCCEEDED and len(children) == 1
 
 
 def test_a_child_that_nobody_wrote_down_is_found_by_its_lock(make_job: MakeJob, children: list[launch.Child]) -> None:
