@@ -15,7 +15,7 @@ from jobs import plain
 from jobs.access import is_staff, models_for
 from jobs.catalogue import engine
 from jobs.models import ModelEntry
-from studio.pages import garden
+from studio.pages import garden, words
 from studio.pages.asking import PageRequest
 
 KINDS = {"encoder": "Reads texts", "decoder": "Writes texts", "encoder-decoder": "Turns one text into another"}
@@ -85,7 +85,7 @@ def model(request: PageRequest, pk: str) -> HttpResponse:
         ("Number format", facts.get("dtype")), ("Ready for conversations", "Yes" if facts.get("has_chat_template") else "No, a plain layout is used"),
     ]  # fmt: skip
     return render(request, "pages/model.html", {
-        "model": row, "facts": [(name, value) for name, value in shown if value],
+        "model": row, "facts": [(name, words.number(value) if isinstance(value, int) else value) for name, value in shown if value],
         "goals": [goal for goal in garden.goals() if row.kind in goal["model_kinds"]],
         "runs": row.jobs.filter(owner=request.user).order_by("-created")[:5], "staff": is_staff(request.user),
     })  # fmt: skip

@@ -172,10 +172,14 @@ class Plan:
             )
         return sorted(choices, key=lambda choice: not choice.fits)
 
+    @cached_property
+    def standing_model(self) -> Choice | None:
+        """The model that stands there: the chosen one, or the first that fits."""
+        return _standing(self.model_choices, self.draft.model)
+
     @property
     def shown_model(self) -> str:
-        """The model that stands there before anybody chose one."""
-        return self.draft.model or next((choice.value for choice in self.model_choices if choice.fits), "")
+        return self.standing_model.value if self.standing_model else ""
 
     @cached_property
     def methods(self) -> list[Choice]:
@@ -192,9 +196,14 @@ class Plan:
             )
         return choices
 
+    @cached_property
+    def standing_method(self) -> Choice | None:
+        """The method that stands there: the chosen one, or the recommended one."""
+        return _standing(self.methods, self.draft.method)
+
     @property
     def shown_method(self) -> str:
-        return self.draft.method or next((choice.value for choice in self.methods if choice.fits), "")
+        return self.standing_method.value if self.standing_method else ""
 
     def _choice(self, plant: garden.Plant) -> Choice:
         verdict = self.verdicts.get(plant.slug)
@@ -398,3 +407,8 @@ class Plan:
 
 def _a(noun: str) -> str:
     return f"an {noun}" if noun[:1] in "aeiou" else f"a {noun}"
+
+
+def _standing(choices: list[Choice], chosen: str) -> Choice | None:
+    fitting = [choice for choice in choices if choice.fits]
+    return next((choice for choice in fitting if choice.value == chosen), fitting[0] if fitting else None)
