@@ -1,9 +1,10 @@
 """Makes the starter decoder: a small Llama trained from random weights on our own story corpus, with this very engine.
 
-    python -m engine.ops.pretrain OUT [--steps N]
+    python -m engine.ops.pretrain OUT [--steps BLOCKS TEXTS]
 
-OUT/model is the finished model directory (weights in bf16); OUT/run holds recipe, events and checkpoints, so that the command can be interrupted and
-repeated. The recipe is committed beside the shipped weights.
+OUT/model is the finished model directory (weights in bf16); OUT/stage-1 and OUT/stage-2 hold recipes, events and checkpoints, so that
+the command can be interrupted and
+repeated. The recipes are committed beside the shipped weights.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SHAPE = {
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer with chat tokens, as a transformers fast tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
@@ -58,6 +59,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
             show_progress=False,
         ),
     )
+    start = raw.token_to_id(BOS)
+    raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, start)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token=BOS,
@@ -102,10 +105,20 @@ def blank_model(folder: Path, texts: Iterable[str], vocab_size: int, seed: int) 
     tokenizer.save_pretrained(folder)
 
 
-def recipe_for(model: Path, data: Path, steps: int) -> dict[str, Any]:
-    """The pretraining recipe."""
+def recipe_for(stage: int, model: Path, data: Path, steps: int) -> dict[str, Any]:
+    """The recipe of a stage: 1 reads the corpus in full blocks from random weights, 2 reads whole texts from their beginning."""
+    name, settings = {
+        1: (
+            "Bonsai stories, from random weights",
+            {"learning_rate": 3e-3, "epochs": 30, "max_length": 256, "holdout": 0.01, "seed": 17},
+        ),
+        2: (
+            "Bonsai stories, whole texts",
+            {"learning_rate": 1e-3, "epochs": 5, "max_length": 320, "holdout": 0.01, "seed": 18},
+        ),
+    }[stage]
     return {
-        "name": "Bonsai stories, from random weights",
+        "name": name,
         "task": "causal_lm",
         "model": {"source": f"folder:{model}"},
         "data": {"source": f"file:{data}", "columns": {"text": "text"}},
@@ -116,16 +129,13 @@ def recipe_for(model: Path, data: Path, steps: int) -> dict[str, Any]:
             {"slug": "clip"},
         ],
         "settings": {
-            "learning_rate": 3e-3,
-            "epochs": 30,
+            **settings,
+            "packing": stage == 1,
             "max_steps": steps,
             "batch_size": 16,
-            "max_length": 256,
-            "holdout": 0.01,
-            "evaluations": 12,
+            "evaluations": max(1, steps // 130),
             "checkpoint_every": 100,
             "precision": "fp32",
-            "seed": 17,
         },
     }
 
@@ -134,24 +144,31 @@ def main() -> int:
     """Make the starter decoder in a folder; returns an exit code."""
     parser = argparse.ArgumentParser(description="Pretrain the starter decoder on our own stories.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(1600, 260), metavar=("BLOCKS", "TEXTS"), help="steps of the two stages"
+    )
     parser.add_argument("--stories", type=int, default=30_000)
     parser.add_argument("--dialogues", type=int, default=15_000)
     chosen = parser.parse_args()
     set_threads()
     out: Path = chosen.out.resolve()
-    run = out / "run"
-    if not (run / "recipe.json").exists():
-        run.mkdir(parents=True, exist_ok=True)
+    model = out / "blank"
+    if not (out / "corpus.jsonl").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        blank_model(model, stories(7, 4000), 2048, seed=17)
         corpus_file(out / "corpus.jsonl", chosen.stories, chosen.dialogues, seed=2026)
-        blank_model(out / "blank", stories(7, 4000), 2048, seed=17)
-        checked = require(parse_recipe(recipe_for(out / "blank", out / "corpus.jsonl", chosen.steps)))
-        write_json(run / "recipe.json", checked.recipe.model_dump(mode="json"))
-    result = run_folder(run)
-    print(result["message"])
-    if result["outcome"] != "succeeded":
-        return 1
-    _ship(run / "artifact" / "merged", out / "model")
+    for stage, steps in enumerate(chosen.steps, start=1):
+        run = out / f"stage-{stage}"
+        if not (run / "recipe.json").exists():
+            run.mkdir()
+            checked = require(parse_recipe(recipe_for(stage, model, out / "corpus.jsonl", steps)))
+            write_json(run / "recipe.json", checked.recipe.model_dump(mode="json"))
+        result = run_folder(run)
+        print(result["message"])
+        if result["outcome"] != "succeeded":
+            return 1
+        model = run / "artifact" / "merged"
+    _ship(model, out / "model")
     return 0
 
 
