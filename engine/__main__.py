@@ -1,4 +1,4 @@
-"""The engine's command line: python -m engine list | check | run | predict | certify | serve | call | bench."""
+"""The engine's command line: python -m engine list | check | run | predict | certify | transform | serve | call | bench."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     predicting.add_argument("text", nargs="+")
     certifying = commands.add_parser("certify", help="load an artifact with the official loaders and compare")
     certifying.add_argument("artifact", type=Path)
+    changing = commands.add_parser("transform", help="make new weights from given ones: merge, reset, prune")
+    changing.add_argument("slug", help="a transformation of the catalogue")
+    changing.add_argument("out", type=Path, help="folder of the new model")
+    changing.add_argument(
+        "models", type=Path, nargs="+", help="model folders, in the order that the transformation's page says"
+    )
+    changing.add_argument("--params", type=json.loads, default={}, help="hyperparameters as JSON")
     serving = commands.add_parser("serve", help="stay resident and answer on a Unix socket")
     serving.add_argument("--socket", type=Path, required=True)
     commands.add_parser("call", help="answer one JSON request from standard input")
@@ -126,6 +133,19 @@ def _certify(chosen: argparse.Namespace) -> int:
     return 0 if certificate["ok"] else 1
 
 
+def _transform(chosen: argparse.Namespace) -> int:
+    from engine.core.errors import EngineError
+    from engine.ops.transform import transform
+
+    try:
+        transform(chosen.slug, chosen.params, chosen.models, chosen.out)
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"The new model is in {chosen.out}.")
+    return 0
+
+
 def _serve(chosen: argparse.Namespace) -> int:
     from engine.service import serve
 
@@ -170,6 +190,7 @@ _COMMANDS = {
     "run": _run,
     "predict": _predict,
     "certify": _certify,
+    "transform": _transform,
     "serve": _serve,
     "call": _call,
     "bench": _bench,

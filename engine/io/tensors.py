@@ -50,11 +50,6 @@ def tensor_hash(tensor: Tensor) -> str:
     return _hash(_NAMES[tensor.dtype], tuple(tensor.shape), _raw(tensor))
 
 
-def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The hash of every tensor by name."""
-    return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
-
-
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> dict[str, str]:

@@ -7,8 +7,6 @@ The weight always holds the effective columns s * P, so the forward pass is that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -119,16 +117,3 @@ def draw_columns(in_features: int, r: int, generator: torch.Generator) -> Tensor
 def columns_by_norm(weight: Tensor, r: int, *, largest: bool) -> Tensor:
     """The `r` columns with the largest or the smallest Euclidean norm, in ascending order."""
     return weight.detach().float().norm(dim=0).topk(r, largest=largest).indices.sort().values
-
-
-@contextmanager
-def original_columns(model: nn.Module) -> Iterator[None]:
-    """Within this block the model answers as it did before training."""
-    layers = [module for module in model.modules() if isinstance(module, ColumnLinear)]
-    for layer in layers:
-        layer.reset()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.sync()

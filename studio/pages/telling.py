@@ -11,7 +11,7 @@ from typing import Any
 from jobs import schedule
 from jobs.access import Person, jobs_for
 from jobs.catalogue import catalogue
-from jobs.models import ACTIVE, TERMINAL, Job, Status
+from jobs.models import ACTIVE, Job, Status
 from jobs.plain import Refused
 from studio.pages import words
 
@@ -249,8 +249,3 @@ def remedy(job: Job) -> Remedy | None:
         if found:
             return found
     return None
-
-
-def has_ended(job: Job) -> bool:
-    """Whether nothing will happen any more."""
-    return job.status in TERMINAL
