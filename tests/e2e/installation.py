@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from playwright.sync_api import BrowserContext
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PERSON, PASSWORD = "ada", "a bonsai grows slowly"
@@ -25,9 +26,7 @@ class Installation:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.said = home / "up.txt"
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ from typing import Any
 import pytest
 import requests
 from websockets.sync.client import connect
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -60,17 +61,11 @@ class Studio:
         return self.ask(method, path, status, **arguments).json()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     """`manage.py up` in a folder of its own, and a session that entered by the link it prints."""
     home = tmp_path_factory.mktemp("studio")
-    port, output = _free_port(), home / "up.out"
+    port, output = free_port(), home / "up.out"
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DJANGO_", "PYTEST_"))}
     environment |= {"BONSAI_HOME": str(home / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with output.open("wb") as sink:

@@ -27,6 +27,7 @@ from django.test import Client
 from jobs import parts, starters
 from jobs.enter import entry_token
 from jobs.processes import is_alive, process_start
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,9 +133,7 @@ def test_what_a_killed_supervisor_left_is_ended(bonsai_home: Path) -> None:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[], tuple[subprocess.Popen[str], str]]]:
     """Start the studio of one folder; returns the process and what it said until it was ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "BONSAI_HOME": str(tmp_path),
