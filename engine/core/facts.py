@@ -30,7 +30,13 @@ class ModelFacts:
     tensors: dict[str, tuple[int, ...]] = field(repr=False)
     linears: dict[str, tuple[int, int]] = field(repr=False)  # module name -> (out, in)
 
+    @property
+    def a_kind(self) -> str:
+        """The kind with its article, for sentences."""
+        return f"{'an' if self.kind[:1] in 'aeiou' else 'a'} {self.kind}"
+
     def size(self, tensor: str) -> int:
+        """How many numbers a tensor holds."""
         return prod(self.tensors[tensor])
 
 

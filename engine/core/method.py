@@ -115,7 +115,7 @@ class Method:
         if needs.kinds and facts.model.kind not in needs.kinds:
             return Verdict(
                 False,
-                f"{title} works on {' or '.join(needs.kinds)} models and this model is an {facts.model.kind}.",
+                f"{title} works on {' or '.join(needs.kinds)} models and this model is {facts.model.a_kind}.",
                 "Choose another model or another method.",
             )
         if needs.linear_layers and not facts.model.linears:

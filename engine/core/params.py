@@ -107,6 +107,15 @@ def _fault(item: Any, prefix: str, model: type[BaseModel]) -> Fault:
             way_out=f"Choose one of {ctx.get('expected')}.",
             code="not_a_choice",
         )
+    if kind in {"float_parsing", "float_type", "int_parsing", "int_type", "int_from_float"}:
+        needed = "A whole number is needed here." if kind.startswith("int") else "A number is needed here."
+        return Fault(
+            where=where,
+            what=f"'{name}' is {shown}.",
+            why=needed,
+            way_out=span or "Write a number.",
+            code="not_a_number",
+        )
     message = str(item["msg"]).removeprefix("Value error, ")
     return Fault(
         where=where,

@@ -76,7 +76,7 @@ def check(recipe: Recipe) -> Checked:
             faults.append(
                 Fault(
                     where="model.source",
-                    what=f"This model is an {model.kind}.",
+                    what=f"This model is {model.a_kind}.",
                     code="wrong_model_kind",
                     why=f"The goal '{task.title}' needs a model of the kind {' or '.join(task.model_kinds)}.",
                     way_out="Choose another model, or another goal.",
