@@ -36,7 +36,7 @@ def measure() -> list[Section]:
     logging.disable(logging.WARNING)
     bench = Workbench()
     try:
-        return [*_adapters(bench), _loop(bench), _instructions(bench)]
+        return [*_adapters(bench), _loop(bench)]
     finally:
         bench.close()
 
@@ -227,7 +227,7 @@ def _loop(bench: Workbench) -> Section:
     return section
 
 
-def _instructions(bench: Workbench) -> Section:
+def conversations(bench: Workbench) -> Section:
     """Real tokens a second on conversations of every length: what a person gets from the Trainer's defaults, and from ours."""
     folder = random_llama(bench.folder, **SHAPES["Llama 13 M (hidden 384, 6 layers)"])
     rows = bench.folder / "dialogues.jsonl"

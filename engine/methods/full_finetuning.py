@@ -11,14 +11,8 @@ from engine.core.facts import Facts
 from engine.core.method import Card, Cost, Suggestion, TrainMethod
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
+from engine.parts.optimizers import full_rate
 from engine.train.parts import Parametrization, PartContext
-
-_RATES = (
-    (2_000_000, 5e-4),
-    (20_000_000, 3e-4),
-    (200_000_000, 1e-4),
-    (2_000_000_000, 3e-5),
-)  # below so many parameters -> rate
 
 
 class EveryWeight(Parametrization):
@@ -73,12 +67,12 @@ class FullFinetuning(TrainMethod):
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
         if facts.model.kind == "encoder":
-            rate = 2e-4 if size < 50_000_000 else 5e-5
+            rate = full_rate(facts.model)
             reason = (
                 f"{rate:g} is a usual rate when every weight of a pretrained encoder of {size:,} parameters learns."
             )
             return [Suggestion(where="settings.learning_rate", value=rate, reason=reason)]
-        rate = next((rate for limit, rate in _RATES if size < limit), 1e-5)
+        rate = full_rate(facts.model)
         return [
             Suggestion(
                 where="settings.learning_rate",

@@ -18,14 +18,8 @@ from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.blocks import Granularity, Half, Layout, draw_half, find_blocks
+from engine.parts.optimizers import full_rate
 from engine.train.parts import Parametrization, PartContext, Payload
-
-_RATES = (
-    (2_000_000, 5e-4),
-    (20_000_000, 3e-4),
-    (200_000_000, 1e-4),
-    (2_000_000_000, 3e-5),
-)  # below so many parameters -> rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +270,7 @@ class HalfFineTuning(TrainMethod):
     def suggest(cls, recipe: Recipe, params: Params, facts: Facts) -> list[Suggestion]:
         index = next((place for place, ref in enumerate(recipe.methods) if ref.slug == cls.card.slug), 0)
         number, parent = _next_round(facts.model), _previous_round(facts.model)
-        rate = _learning_rate(facts.model)
+        rate = full_rate(facts.model)
         return [
             Suggestion(
                 where=f"methods[{index}].params.round",
@@ -336,10 +330,3 @@ def _previous_round(model: ModelFacts) -> int:
         return max((int(number) for number in rounds), default=0)
     except (OSError, ValueError, KeyError, TypeError):
         return 0
-
-
-def _learning_rate(model: ModelFacts) -> float:
-    """The rate of full fine-tuning: less for larger models."""
-    if model.kind == "encoder":
-        return 5e-5
-    return next((rate for limit, rate in _RATES if model.num_parameters < limit), 1e-5)

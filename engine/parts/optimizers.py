@@ -11,6 +11,22 @@ from torch.nn.utils import get_total_norm
 _FUSED = {"cpu", "cuda"}
 
 
+_FULL_RATES = (
+    (2_000_000, 5e-4),
+    (20_000_000, 3e-4),
+    (200_000_000, 1e-4),
+    (2_000_000_000, 3e-5),
+)  # below so many parameters -> rate
+
+
+def full_rate(model: ModelFacts) -> float:
+    """A learning rate for training whole weights of a pretrained model: less for larger ones; measured on small ones, usual for others."""
+    size = model.num_parameters
+    if model.kind == "encoder":
+        return 2e-4 if size < 50_000_000 else 5e-5
+    return next((rate for limit, rate in _FULL_RATES if size < limit), 1e-5)
+
+
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices decay; biases, norms and every other vector do not."""
     every = list(parameters)
