@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from engine.core.facts import ModelFacts
+
 _FUSED = {"cpu", "cuda"}
 
 
