@@ -152,7 +152,7 @@ class Command(BaseCommand):
             f"Command: `python manage.py measure --runs {len(found)}` · commit {commit} · {time.strftime('%Y-%m-%d')} · "
             f"{os.cpu_count()} cores ({platform.processor() or platform.machine()}), load average {os.getloadavg()[0]:.1f}.", "",
             "A real installation started by `manage.py up` in an empty folder; one client over HTTP and a websocket; each job trains MiniLM-L6 with PaCA on",
-            "the starter messages for 20 steps. The first step includes loading the model, reading the data, measuring the baseline and the first evaluation.",
+            "the starter messages for 20 steps. The first step includes loading the model, reading the data and the first evaluation.",
             "", "| what | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]), encoding="utf-8")  # fmt: skip
         for name, value in rows:
             self.stdout.write(f"{name}: {value}")
