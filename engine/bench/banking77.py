@@ -71,6 +71,11 @@ def measure() -> list[Section]:
                 }
             )
             print(f"  {title}: {accuracy:.4f}", flush=True)
+    best = max(section.goals, key=lambda goal: goal["value"])
+    verdict = "beats" if best["value"] > frozen else "does not beat"
+    section.remarks.append(
+        f"The best of them, {best['goal'].rpartition(', ')[2]} with {best['value']:.4f}, {verdict} the frozen encoder with logistic regression."
+    )
     return [section]
 
 
