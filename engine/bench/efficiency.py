@@ -204,8 +204,8 @@ def _loop(bench: Workbench) -> Section:
         ("ours", f"{tokens / timings['ours'].median:,.0f}", "1", ""),
     ]
     section.remarks += [
-        f"Against the bare loop the aim is at least 0.98: {'met' if versus_bare[0] >= 0.98 else 'not met'}.",
-        f"Against the Trainer the aim is at least 1.10: {'met' if versus_trainer[0] >= 1.1 else 'not met'} on equally full batches; "
+        f"Against the bare loop the aim is at least 0.98: {'met' if versus_bare[1] >= 0.98 else 'not met'}.",
+        f"Against the Trainer the aim is at least 1.10: {'met' if versus_trainer[1] >= 1.1 else 'not met'} on equally full batches; "
         "padding and packing, where most of a user's time goes, are not part of this table.",
     ]
     section.goals += [
