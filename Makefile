@@ -32,7 +32,7 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 STAGES := lint types architecture engine-unit engine-conformance jobs studio e2e
 
-.PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench effects shots lock format clean
+.PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench conformance effects shots lock format clean
 
 help: ## Show this list
 	@echo "Bonsai Studio: train, prune, graft and merge neural networks in the browser."
@@ -85,8 +85,11 @@ test-studio:
 test-e2e:
 	@$(PYTEST) tests/e2e -k "not shots" --junitxml=$(RESULTS)/e2e.xml
 
-effects: env-dev ## Measure each method against its baseline (long)
-	@$(PYTEST) tests/engine -m effects $(ARGS)
+conformance: env-dev ## Check the whole conformance list over every registered method
+	@$(PYTEST) tests/engine/conformance $(PARALLEL) $(ARGS)
+
+effects: env-dev ## Measure each method against its baseline (long) and rewrite docs/benchmarks/effects.md
+	@$(PYTEST) tests/engine -m effects --effects-table docs/benchmarks/effects.jsonl $(ARGS)
 
 shots: env-dev ## Take the screenshots of the pages with a real browser
 	@$(PYTEST) tests/e2e -k shots $(ARGS)

@@ -101,7 +101,7 @@ def _run(chosen: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "recipe.json").exists():
             write_json(folder / "recipe.json", _resolved(recipe))
-    from engine.ops.train import run_folder
+    from engine.ops.folder import run_folder
     from engine.train.run import set_threads
 
     set_threads()

@@ -296,7 +296,7 @@ class Service:
                 os.dup2(output_fd, 1)
                 os.dup2(output_fd, 2)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                from engine.ops.train import run_folder
+                from engine.ops.folder import run_folder
                 from engine.train.run import set_threads
 
                 set_threads()
@@ -365,7 +365,9 @@ def warm_up() -> None:
         "transformers.models.auto.modeling_auto",
         "transformers.models.auto.tokenization_auto",
         "engine.ops.check",
-        "engine.ops.train",
+        "engine.ops.folder",
+        "engine.ops.flow",
+        "engine.ops.transform",
         "engine.train.certificate",
     ):
         importlib.import_module(name)

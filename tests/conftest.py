@@ -21,6 +21,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--effects-table", default="", help="merge measured effects into this .jsonl file and its page")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def bonsai_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder and a queue of this test run alone, so that no test touches the studio in var/."""

@@ -78,3 +78,8 @@ class Facts:
     model: ModelFacts
     data: DataFacts
     machine: MachineFacts
+    models: tuple[ModelFacts, ...] = ()  # of the recipe's further models
+
+
+NO_DATA = DataFacts(source="", path="", format="none", shape="none", num_rows=0, columns=(), mapping={})
+"""Stands where a recipe names no data."""

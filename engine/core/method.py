@@ -6,9 +6,9 @@ REST schema, the help page, the conformance cases and the benchmark row are all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
@@ -19,6 +19,9 @@ from engine.core.slots import Arity, Phase, Slot
 
 if TYPE_CHECKING:
     from engine.core.recipe import MethodRef, Recipe
+    from engine.core.work import Ask, Outcome, Report, Step, Trial
+
+Training = Literal["none", "optional", "required"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,9 @@ class Method:
         return {
             **asdict(cls.card),
             "role": cls.role,
+            "num_models": list(getattr(cls, "num_models", (1, 1))),
+            "needs_data": getattr(cls, "needs_data", cls.role == "train"),
+            "training": getattr(cls, "training", "none"),
             "slots": [slot.value for slot in cls.slots],
             "version": cls.version,
             "needs": asdict(cls.needs),
@@ -185,26 +191,119 @@ class TrainMethod(Method):
         raise NotImplementedError(f"{type(self).__name__} declares no parts.")
 
 
-class TransformMethod(Method):
+class WorkMethod(Method):
+    """Leads an operation other than *train*: a recipe of that operation names exactly one such method."""
+
+    num_models: ClassVar[tuple[int, int | None]] = (1, 1)  # how many models it takes, `model` and `models` together
+    needs_data: ClassVar[bool] = False
+    training: ClassVar[Training] = "none"  # whether the recipe's other methods form an inner training recipe
+
+    @classmethod
+    def num_runs(cls, params: Any, facts: Facts) -> float:
+        """How many trainings of the inner recipe it costs, for the estimate. Default: none."""
+        return 0.0
+
+
+class TransformMethod(WorkMethod):
     """Weights in, weights out, tensor by tensor: merge, prune, factorise, compress, graft."""
 
     role = "transform"
 
     def apply(self, inputs: Any, out: Any, ctx: Any) -> None:
+        """Write new weights. inputs: engine.ops.transform.ModelFolder, recipe.model first; out: OutFolder; ctx: TransformContext."""
         raise NotImplementedError(f"{type(self).__name__} does not transform.")
+
+
+class GenerateMethod(WorkMethod):
+    """Makes data: synthesise, label, filter, search."""
+
+    role = "generate"
+    needs_data = True
+
+    def items(self, inputs: Any, ctx: Any) -> Sequence[Any]:
+        """What there is to work on, in order; deterministic. inputs: engine.ops.work.Inputs, ctx: engine.ops.work.WorkContext."""
+        raise NotImplementedError(f"{type(self).__name__} generates nothing.")
+
+    def rows(self, item: Any, inputs: Any, ctx: Any) -> Iterator[dict[str, Any]]:
+        """The rows made from one item. `ctx.generator(name)` is the item's own, so that an interrupted job goes on at the next item."""
+        raise NotImplementedError(f"{type(self).__name__} generates nothing.")
+
+
+class ProbeMethod(WorkMethod):
+    """Measures a model or data, and reports."""
+
+    role = "probe"
+    needs_data = True
+
+    def measure(self, inputs: Any, ctx: Any) -> Report:
+        """inputs: engine.ops.work.Inputs, ctx: engine.ops.work.WorkContext."""
+        raise NotImplementedError(f"{type(self).__name__} measures nothing.")
+
+
+class SearchMethod(WorkMethod):
+    """Finds better settings of the inner training recipe by running trials of it. `ask` and `tell` must be deterministic: an interrupted search is
+    replayed from its record."""
+
+    role = "search"
+    needs_data = True
+    training = "required"
+
+    def begin(self, ctx: Any) -> None:
+        """Once at the start. ctx: engine.ops.search.SearchContext (recipe, total_steps, space, rng)."""
+
+    def ask(self, trials: Sequence[Trial]) -> list[Ask]:
+        """What to run next, given every trial so far; an empty list ends the search. New numbers start new trials."""
+        raise NotImplementedError(f"{type(self).__name__} asks for nothing.")
+
+    def tell(self, trial: Trial) -> None:
+        """A slice was run: its mark is the last of `trial.marks`."""
+
+    def winner(self, trials: Sequence[Trial]) -> int:
+        """The trial to take home. Default: the best last score among those that went furthest."""
+        alive = [trial for trial in trials if not trial.failed and trial.marks]
+        if not alive:
+            raise ValueError("No trial has a score.")
+        far = max(trial.step for trial in alive)
+        return max((t for t in alive if t.step == far), key=lambda trial: (trial.score, -trial.number)).number
+
+    def report(self, trials: Sequence[Trial], winner: int) -> Report:
+        """What the search found."""
+        raise NotImplementedError(f"{type(self).__name__} reports nothing.")
+
+
+class FlowMethod(WorkMethod):
+    """Several operations in a row: a generator that yields steps and receives their results. It must be deterministic given the results: an
+    interrupted flow is played again, and finished steps are read from the disk."""
+
+    role = "flow"
+    needs_data = True
+
+    def plan(self, ctx: Any) -> Generator[Step | list[Step], Any, Outcome]:
+        """Yield a Step (answered with its StepResult) or a list of them (answered with a list). ctx: engine.ops.flow.FlowContext."""
+        raise NotImplementedError(f"{type(self).__name__} plans nothing.")
+
+
+class PredictMethod(Method):
+    """How a finished result answers: with a memory, with retrieval, learning while it serves. Chosen where a result is asked, not in a recipe."""
+
+    role = "predict"
+
+    def predictor(self, model: Any, tokenizer: Any, data: Any, task: Any) -> Any:
+        """An engine.tasks.base.Predictor around a loaded model. What it learns while serving goes through its `state_dict`."""
+        raise NotImplementedError(f"{type(self).__name__} predicts nothing.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
     """A method with its parsed hyperparameters, as it stands in a run."""
 
-    method: type[TrainMethod]
+    method: type[Any]  # of TrainMethod in a training run, of WorkMethod where it leads another operation
     params: Any
     index: int | None  # position in recipe.methods; None for a default that the composition added
 
     @property
     def slug(self) -> str:
-        return self.method.card.slug
+        return str(self.method.card.slug)
 
     @property
     def where(self) -> str:

@@ -169,7 +169,8 @@ class Recipe(Frozen):
     operation: Operation = "train"
     task: str = Field(min_length=1, max_length=40)
     model: ModelRef
-    data: DataRef
+    models: tuple[ModelRef, ...] = ()  # further models: what a merge puts together, what a reset goes back to
+    data: DataRef | None = None  # training needs it; a merge, for example, does not
     methods: tuple[MethodRef, ...] = ()
     settings: TrainSettings = Field(default_factory=TrainSettings)
 

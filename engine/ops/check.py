@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
 
 from engine.core.compose import compose, fit_faults, resolve
+from engine.core.compose_work import count_faults, inner_recipe, lead_faults, lead_of, missing_data
 from engine.core.errors import EngineError, Fault, RecipeError
-from engine.core.facts import Facts
-from engine.core.method import Composition, Suggestion, TrainMethod
+from engine.core.facts import NO_DATA, DataFacts, Facts, ModelFacts
+from engine.core.method import Chosen, Composition, Suggestion
 from engine.core.recipe import Recipe
 from engine.core.registry import catalogue
 from engine.core.slots import Slot
 from engine.io.datasets import dataset_faults
 from engine.io.facts import data_facts, machine_facts, model_facts
 from engine.tasks import task as task_named
+from engine.tasks.base import Task
 
 
 @dataclass(kw_only=True)
@@ -48,20 +50,11 @@ class Checked:
 
 def check(recipe: Recipe) -> Checked:
     """Everything that can be known before weights are loaded."""
-    if recipe.operation != "train":
-        return Checked(
-            recipe=recipe,
-            composition=Composition(()),
-            faults=[
-                Fault(
-                    where="operation",
-                    what=f"The operation '{recipe.operation}' cannot be queued as a training run.",
-                    why="This check is for training runs.",
-                    way_out="Use the operation 'train'.",
-                    code="wrong_operation",
-                )
-            ],
-        )
+    return check_training(recipe) if recipe.operation == "train" else check_work(recipe)
+
+
+def check_training(recipe: Recipe) -> Checked:
+    """`check` for the operation *train*."""
     composition, faults = compose(recipe)
     checked = Checked(recipe=recipe, composition=composition, faults=faults)
     try:
@@ -72,18 +65,12 @@ def check(recipe: Recipe) -> Checked:
     model = data = None
     try:
         model = model_facts(recipe.model.source, task=recipe.task)
-        if model.kind not in task.model_kinds:
-            faults.append(
-                Fault(
-                    where="model.source",
-                    what=f"This model is {model.a_kind}.",
-                    code="wrong_model_kind",
-                    why=f"The goal '{task.title}' needs a model of the kind {' or '.join(task.model_kinds)}.",
-                    way_out="Choose another model, or another goal.",
-                )
-            )
+        faults += _kind_faults(model, task, "model.source")
     except EngineError as error:
         faults += _at("model.source", error)
+    if recipe.data is None:
+        faults.append(missing_data("Training"))
+        return checked
     try:
         data = data_facts(recipe.data)
         faults += dataset_faults(data, recipe.task, task.data_shapes, task.roles, recipe.settings.holdout)
@@ -93,10 +80,7 @@ def check(recipe: Recipe) -> Checked:
         return checked
     checked.facts = facts = Facts(task=recipe.task, model=model, data=data, machine=machine_facts())
     faults += fit_faults(composition, facts)
-    for slug, method in catalogue().items():
-        if issubclass(method, TrainMethod):
-            verdict = method.supports(facts)
-            checked.verdicts[slug] = {"ok": verdict.ok, "why": verdict.why, "way_out": verdict.way_out}
+    checked.verdicts = _verdicts(facts)
     if not faults:
         checked.recipe, checked.suggestions = resolve(recipe, composition, facts)
         checked.composition, faults_after = compose(checked.recipe)
@@ -104,6 +88,91 @@ def check(recipe: Recipe) -> Checked:
         checked.estimate = estimate(checked.recipe, checked.composition, facts)
         faults += _memory_faults(checked.estimate, facts)
     return checked
+
+
+def check_work(recipe: Recipe) -> Checked:
+    """`check` for every operation that is led by one method."""
+    lead, faults = lead_of(recipe)
+    checked = Checked(recipe=recipe, composition=Composition(() if lead is None else (lead,)), faults=faults)
+    try:
+        task = task_named(recipe.task)
+    except EngineError as error:
+        faults.append(error.fault)
+        return checked
+    models: list[ModelFacts] = []
+    for place, ref in enumerate((recipe.model, *recipe.models)):
+        where = f"models[{place - 1}].source" if place else "model.source"
+        try:
+            models.append(model_facts(ref.source, task=recipe.task))
+            faults += _kind_faults(models[-1], task, where)
+        except EngineError as error:
+            faults += _at(where, error)
+    data: DataFacts | None = NO_DATA
+    if recipe.data is not None:
+        try:
+            data = data_facts(recipe.data)
+            faults += dataset_faults(data, recipe.task, task.data_shapes, task.roles, recipe.settings.holdout)
+        except EngineError as error:
+            data, faults[len(faults) :] = None, _at("data", error)
+    if lead is None:
+        return checked
+    faults += count_faults(lead, recipe)
+    if len(models) != 1 + len(recipe.models) or data is None:
+        return checked
+    facts = Facts(task=recipe.task, model=models[0], data=data, machine=machine_facts(), models=tuple(models[1:]))
+    checked.facts = facts
+    faults += lead_faults(lead, facts)
+    checked.verdicts = _verdicts(facts)
+    if faults:
+        return checked
+    inner, has_inner = inner_recipe(recipe, lead), len(recipe.methods) > 1 or lead.method.training == "required"
+    guess: dict[str, Any] = {}
+    if has_inner:
+        inside = check_training(inner)
+        faults += [Fault(**{**f.to_dict(), "where": _outside(f.where, lead)}) for f in inside.faults]
+        checked.suggestions = [replace(advice, where=_outside(advice.where, lead)) for advice in inside.suggestions]
+        guess = inside.estimate
+        checked.composition = Composition((lead, *inside.composition.chosen), inside.composition.by_slot)
+        inner = inside.recipe
+    elif recipe.data is not None:
+        filled, checked.suggestions = resolve(recipe, checked.composition, facts)
+        guess, inner = estimate(filled, checked.composition, facts), filled
+    methods = list(inner.methods)
+    if has_inner:
+        methods.insert(lead.index or 0, recipe.methods[lead.index or 0])
+    checked.recipe = recipe.model_copy(update={"methods": tuple(methods or recipe.methods), "settings": inner.settings})
+    checked.estimate = _work_estimate(guess, lead, facts)
+    if lead.method.num_runs(lead.params, facts):
+        faults += _memory_faults(checked.estimate, facts)
+    return checked
+
+
+def _outside(where: str, lead: Chosen) -> str:
+    """A place in the inner recipe, as a place in the whole one."""
+    head, closing, rest = where.partition("]")
+    if not (head.startswith("methods[") and closing):
+        return where
+    place = int(head.removeprefix("methods["))
+    return f"methods[{place + (place >= (lead.index or 0))}]{rest}"
+
+
+def _work_estimate(guess: dict[str, Any], lead: Chosen, facts: Facts) -> dict[str, Any]:
+    """Trainings of the inner recipe, and reading and writing every weight once a model."""
+    runs = lead.method.num_runs(lead.params, facts)
+    weights = sum(model.num_parameters for model in (facts.model, *facts.models)) * 4
+    own = 2.0 + weights / 2e8
+    seconds = runs * float(guess.get("seconds", 0.0)) + own
+    memory = int(guess["memory_bytes"]) if runs else 400_000_000 + min(weights, 4 * facts.model.num_parameters)
+    return {
+        "memory_bytes": memory,
+        "seconds": round(seconds, 1),
+        "seconds_low": round(seconds * 0.5, 1),
+        "seconds_high": round(seconds * 2.5, 1),
+        "num_trainable": int(guess.get("num_trainable", 0)) if runs else 0,
+        "total_steps": int(guess.get("total_steps", 0) * runs),
+        "device": facts.machine.device,
+        "device_name": facts.machine.device_name,
+    }
 
 
 def require(recipe: Recipe) -> Checked:
@@ -152,6 +221,26 @@ def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str
         "device": facts.machine.device,
         "device_name": facts.machine.device_name,
     }
+
+
+def _verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
+    """What every method of the catalogue says to these facts."""
+    said = {slug: method.supports(facts) for slug, method in catalogue().items()}
+    return {slug: {"ok": v.ok, "why": v.why, "way_out": v.way_out} for slug, v in said.items()}
+
+
+def _kind_faults(model: ModelFacts, task: Task, where: str) -> list[Fault]:
+    if model.kind in task.model_kinds:
+        return []
+    return [
+        Fault(
+            where=where,
+            what=f"This model is {model.a_kind}.",
+            code="wrong_model_kind",
+            why=f"The goal '{task.title}' needs a model of the kind {' or '.join(task.model_kinds)}.",
+            way_out="Choose another model, or another goal.",
+        )
+    ]
 
 
 def _memory_faults(guess: dict[str, Any], facts: Facts) -> list[Fault]:

@@ -21,7 +21,7 @@ import torch
 from engine.core.control import write_json
 from engine.core.recipe import parse_recipe
 from engine.ops.check import require
-from engine.ops.train import run_folder
+from engine.ops.folder import run_folder
 from engine.starters.corpus import dialogues, stories
 from engine.train.run import set_threads
 

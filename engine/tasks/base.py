@@ -35,6 +35,7 @@ class Encoded:
     train: list[Example]
     holdout: list[Example]
     holdout_rows: list[Row]
+    rows: Sequence[Row] = ()  # every row of the data; `Example.source` counts in them
     notes: list[str] = field(default_factory=list)
     num_train_tokens: int = 0
 

@@ -37,7 +37,7 @@ class CausalLM(LanguageTask):
         for side in (train, held):
             documents = _documents(rows, side) if running else [(number, rows[number]["text"]) for number in side]
             sides.append(_examples(documents, tokenizer, length, settings.packing, notes))
-        return Encoded(train=sides[0], holdout=sides[1], holdout_rows=[rows[number] for number in held], notes=notes,
+        return Encoded(train=sides[0], holdout=sides[1], holdout_rows=[rows[number] for number in held], rows=rows, notes=notes,
                        num_train_tokens=sum(map(len, sides[0])))  # fmt: skip
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:

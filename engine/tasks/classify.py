@@ -94,7 +94,7 @@ class Classify(Task):
             names = ", ".join(f"'{label}'" for label in unmeasured[:5])
             notes.append(f"No text with the label {names} was kept back, so how well it is learned cannot be measured.")
         chosen = [examples[index] for index in train]
-        return Encoded(train=chosen, holdout=[examples[index] for index in held], holdout_rows=[rows[kept[index]] for index in held], notes=notes,
+        return Encoded(train=chosen, holdout=[examples[index] for index in held], holdout_rows=[rows[kept[index]] for index in held], rows=rows, notes=notes,
                        num_train_tokens=sum(map(len, chosen)))  # fmt: skip
 
     def batches(

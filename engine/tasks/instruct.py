@@ -72,7 +72,7 @@ class Instruct(LanguageTask):
         keys = [str(rows[example.source]["messages"]) for example in found]
         train, held = split_rows(keys, [0] * len(found), settings.holdout, settings.seed)
         holdout = [found[index] for index in held]
-        return Encoded(train=[found[index] for index in train], holdout=holdout, holdout_rows=[rows[item.source] for item in holdout], notes=notes,
+        return Encoded(train=[found[index] for index in train], holdout=holdout, holdout_rows=[rows[item.source] for item in holdout], rows=rows, notes=notes,
                        num_train_tokens=sum(len(found[index]) for index in train))  # fmt: skip
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:

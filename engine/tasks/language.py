@@ -78,7 +78,7 @@ class LanguageTask(Task):
         self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
     ) -> dict[str, Any]:
         scores = self.measure(model, encoded.holdout, tokenizer, device)
-        general = self.measure(model, _general_examples(tokenizer), tokenizer, device)
+        general = self.measure(model, general_examples(tokenizer), tokenizer, device)
         return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
 
     def measure(
@@ -129,7 +129,7 @@ class LanguageTask(Task):
         tokenizer.save_pretrained(Path(folder))
 
 
-def _general_examples(tokenizer: Any) -> list[Example]:
+def general_examples(tokenizer: Any) -> list[Example]:
     """The forgetting meter's fixed set: short plain-English paragraphs about everything, written for this studio, cut at 96 tokens."""
     encoded = [tokenizer(text, add_special_tokens=True)["input_ids"][:GENERAL_TOKENS] for text in general_texts()]
     return [Example(input_ids=ids, labels=list(ids), source=place) for place, ids in enumerate(encoded)]

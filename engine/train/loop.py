@@ -21,6 +21,7 @@ def train(run: Run) -> Ending:
     }
     run.model.train()
     if clock.step == 0:
+        run.begin()
         run.look({}, run.evaluate())
         run.save()
 
@@ -37,9 +38,10 @@ def train(run: Run) -> Ending:
         _refuse_nonfinite(run, row)
 
         best_step = run.best.get("step")
-        if clock.step in measure_at:
+        here = clock.step == run.pause_at and clock.step < clock.total_steps
+        if clock.step in measure_at or here:
             signals += run.look(row, run.evaluate())
-        request = run.control.poll()
+        request = run.control.poll() or ("pause" if here else None)
         run.ending = ending = _ending(run, signals, request)
         if (
             clock.step % save_every == 0

@@ -51,7 +51,17 @@ MOMENTS: tuple[Moment, ...] = (
         hook="sync",
         when="after attach, after a restore, and after every optimizer step: derived weights follow what was learned",
     ),
+    Moment(
+        slot=Slot.DATA_POLICY,
+        hook="begin",
+        when="every part of every slot: once, before the first step ever; the model still answers like the base",
+    ),
     Moment(slot=Slot.DATA_POLICY, hook="rows", when="at the start of every epoch: chooses and orders example indices"),
+    Moment(
+        slot=Slot.DATA_POLICY,
+        hook="gather",
+        when="once a step: may make the micro-batches itself from the examples of the optimizer batch (rollouts)",
+    ),
     Moment(slot=Slot.DATA_POLICY, hook="batch", when="for every micro-batch, before it moves to the device"),
     Moment(
         slot=Slot.UPDATE_RULE, hook="update", when="once a step: owns everything from the loss to the optimizer step"
@@ -99,6 +109,10 @@ def seeded(seed: int, *names: str) -> torch.Generator:
 
 class Part:
     """Mechanics in a slot. A part that holds state returns it as tensors and JSON, never as pickled objects."""
+
+    def begin(self, run: Any) -> None:
+        """Once before the first step ever (not again after a resume), `run` an engine.train.loop.Run: look at the model as it was, e.g. for
+        reference log-probabilities; what must survive goes into `state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
         """State beyond the trainables: {"name": Tensor | JSON value}. Generators are saved as their uint8 state tensors."""
@@ -222,6 +236,11 @@ class DataPolicy(Part):
 
     def rows(self, indices: Sequence[int], epoch: int) -> Sequence[int]:
         return indices
+
+    def gather(self, run: Any, examples: Sequence[Any]) -> list[dict[str, Tensor]] | None:
+        """Make the micro-batches of an optimizer batch from its examples, e.g. by letting the model answer them (`run` is an
+        engine.train.loop.Run). None, the default: the task collates the examples."""
+        return None
 
     def batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch

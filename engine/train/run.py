@@ -112,6 +112,7 @@ class Run:
         self.first_scores: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
         self.ending: Ending | None = None
+        self.pause_at: int | None = None  # a search trains in slices: measure and pause behind this step
         self.warmup_steps = slots.schedule.warmup_steps(clock)
         self._order: list[int] = []
         self._batches: list[list[int]] = []
@@ -134,7 +135,15 @@ class Run:
             self._start_epoch(self._ordered(clock.epoch))
         chosen = self._batches[clock.batch : clock.batch + self.settings.accumulate]
         clock.batch += len(chosen)
-        return [self._collate(indices) for indices in chosen]
+        return self._gathered(chosen) or [self._collate(indices) for indices in chosen]
+
+    def _gathered(self, chosen: list[list[int]]) -> list[dict[str, Tensor]]:
+        """What a data policy makes of the optimizer batch itself; empty when none does."""
+        for policy in self.slots.policies:
+            made = policy.gather(self, [self.encoded.train[index] for indices in chosen for index in indices])
+            if made is not None:
+                return [self._placed(batch) for batch in made]
+        return []
 
     def _ordered(self, epoch: int) -> list[int]:
         generator = seeded(self.settings.seed, "order", str(epoch))
@@ -148,10 +157,17 @@ class Run:
         self._batches = self.task.batches(self.encoded.train, order, self.settings.batch_size or 1, self.recipe)
 
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:
-        batch = self.task.collate([self.encoded.train[i] for i in indices], self.tokenizer, self.recipe)
+        return self._placed(self.task.collate([self.encoded.train[i] for i in indices], self.tokenizer, self.recipe))
+
+    def _placed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         for policy in self.slots.policies:
             batch = policy.batch(batch)
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def begin(self) -> None:
+        """Let every part look at the run once before its first step."""
+        for part in self.slots.names.values():
+            part.begin(self)
 
     # ── after the step ────────────────────────────────────────────────────────────────────────────────────────────────
 

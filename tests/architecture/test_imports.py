@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "engine.io",
         "engine.parts",
         "engine.tasks.base",
+        "engine.tasks.batching",
         "engine.train.parts",
         "engine.train.trainables",
     ),

@@ -21,7 +21,7 @@ from engine.core.registry import catalogue
 from engine.core.slots import Slot
 from engine.io.tensors import load_tensors
 from engine.ops.check import check, require
-from engine.ops.train import run_folder
+from engine.ops.folder import run_folder
 from engine.train import checkpoint
 from tests.engine.tiny import Tiny, events, lay, metric_rows
 

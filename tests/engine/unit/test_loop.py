@@ -16,7 +16,7 @@ from engine.core.control import Control, write_request
 from engine.core.events import EventLog
 from engine.core.slots import Slot
 from engine.ops.check import require
-from engine.ops.train import run_folder
+from engine.ops.folder import run_folder
 from engine.train import checkpoint
 from engine.train.certificate import certify
 from engine.train.export import build_slots
@@ -59,7 +59,9 @@ def test_every_hook_runs_at_its_documented_moment(tiny: Tiny, tmp_path: Path, mo
     documented = {(moment.slot, moment.hook) for moment in MOMENTS}
     absent = {
         (Slot.LOSS_TERM, "term"),
+        (Slot.DATA_POLICY, "begin"),
         (Slot.DATA_POLICY, "rows"),
+        (Slot.DATA_POLICY, "gather"),
         (Slot.DATA_POLICY, "batch"),
         (Slot.OPTIMIZER, "remap"),
     }

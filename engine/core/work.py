@@ -1,0 +1,120 @@
+"""What methods of the other five operations give and receive: reports, steps of a flow, trials of a search. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.core.recipe import DataRef, ModelRef, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was found out: one sentence, the numbers behind it, and a table with one mapping a row.
+
+    `curve` names two columns of the table that make a curve worth drawing, x first.
+    """
+
+    title: str
+    sentence: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    table: tuple[dict[str, Any], ...] = ()
+    curve: tuple[str, str] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One piece of a flow: a recipe with a short name (it becomes a folder) and a title for people."""
+
+    name: str
+    title: str
+    recipe: Recipe
+    may_fail: bool = False  # then a failure is handed to the flow instead of ending it
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What became of a step. `description` is the content of its artifact.json."""
+
+    name: str
+    folder: Path
+    outcome: str  # "succeeded" | "failed"
+    message: str
+    description: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome == "succeeded"
+
+    @property
+    def artifact(self) -> Path:
+        return self.folder / "artifact"
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """The held-out scores of the result."""
+        scores: Mapping[str, Any] = self.description.get("metrics", {})
+        return scores
+
+    @property
+    def model(self) -> ModelRef:
+        """The plain model of this step, as an input of another."""
+        return ModelRef(source=f"folder:{self.artifact / 'merged'}")
+
+    @property
+    def data(self) -> DataRef:
+        """The rows that this step made, as an input of another."""
+        return DataRef(source=f"file:{self.artifact / 'data' / 'rows.jsonl'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a flow takes home: the artifact of a step, a report, or both."""
+
+    message: str
+    take: StepResult | None = None
+    report: Report | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """The score of a trial at a step, with the values it had trained with until then."""
+
+    step: int
+    score: float  # larger is better; -inf when it is not a number
+    values: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One member of a search. `values` are the settings it goes on with, by dotted name ("settings.learning_rate", "adamw.weight_decay")."""
+
+    number: int
+    values: dict[str, Any] = field(default_factory=dict)
+    marks: list[Mark] = field(default_factory=list)
+    donors: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (step, trial) at which it was overwritten with another
+    failed: str = ""  # why it cannot go on
+
+    @property
+    def step(self) -> int:
+        return self.marks[-1].step if self.marks else 0
+
+    @property
+    def score(self) -> float:
+        return self.marks[-1].score if self.marks else float("-inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Train `trial` with `values` up to optimizer step `until`; before that, overwrite it with the last checkpoint of `donor`, if there is one."""
+
+    trial: int
+    until: int
+    values: dict[str, Any]
+    donor: int | None = None
+    reason: str = ""  # a sentence for the log
