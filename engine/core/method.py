@@ -203,6 +203,11 @@ class WorkMethod(Method):
         """How many trainings of the inner recipe it costs, for the estimate. Default: none."""
         return 0.0
 
+    @classmethod
+    def check_inner(cls, params: Any, recipe: Recipe) -> list[Fault]:
+        """Faults that depend on hyperparameters and the resolved inner training recipe together, `where` relative to the params."""
+        return []
+
 
 class TransformMethod(WorkMethod):
     """Weights in, weights out, tensor by tensor: merge, prune, factorise, compress, graft."""

@@ -41,6 +41,7 @@ def dial(
     tier: Tier = "expert",
     paper: Any = None,
     suggested: str | None = None,
+    live: bool = False,
 ) -> Any:
     """Declare one hyperparameter.
 
@@ -48,6 +49,7 @@ def dial(
     unit: "steps", "columns", "share", "1" for a pure number.  low, high: inclusive range that is accepted.
     tier: "basic" dials stand on the form at once, "expert" ones behind a fold.
     paper: the paper's default when it differs from ours.  suggested: why a default of None will be filled in, in a sentence.
+    live: whether the value may change between two steps of a run without building anything anew (a search may then turn it).
     """
     if not help.strip().endswith((".", "?")):
         raise TypeError(f"The help of a dial is a whole sentence: {help!r}")
@@ -55,6 +57,8 @@ def dial(
     for key, value in (("unit", unit), ("low", low), ("high", high), ("paper", paper), ("suggested", suggested)):
         if value is not None:
             extra[key] = value
+    if live:
+        extra["live"] = True
     return Field(default=default, description=help, title=label, ge=low, le=high, json_schema_extra=extra)
 
 

@@ -53,6 +53,7 @@ class TrainSettings(HyperParams):
         low=0.0,
         high=10.0,
         tier="basic",
+        live=True,
         suggested="It depends on the method.",
         help="How big a correction the model makes after each batch. Too high and it stumbles, too low and it learns nothing.",
     )

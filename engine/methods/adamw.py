@@ -106,6 +106,7 @@ class AdamW(TrainMethod):
             low=0.0,
             high=1.0,
             paper=0.01,
+            live=True,
             help="Shrinks the learned matrices a little in every step, against memorising.",
         )
 

@@ -63,6 +63,7 @@ class Clip(TrainMethod):
             low=1e-4,
             high=1e4,
             paper=1.0,
+            live=True,
             help="Gradients longer than this are scaled down to it.",
         )
 

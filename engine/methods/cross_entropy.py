@@ -65,6 +65,7 @@ class CrossEntropy(TrainMethod):
             low=0.0,
             high=0.9,
             paper=0.0,
+            live=True,
             help="This share of certainty is given to the wrong answers, against over-confidence and wrong labels.",
         )
 

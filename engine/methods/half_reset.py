@@ -20,6 +20,7 @@ _OLD_NAMES = {".gamma": ".weight", ".beta": ".bias"}  # norms in old BERT files
 class HalfReset(TransformMethod):
     """theta = M * theta_tuned + (1 - M) * theta_base, M constant over each matrix."""
 
+    num_models = (2, 2)
     presets = {"tiny": {}, "paper": {"granularity": "category", "ratio": 0.5}}
     card = Card(
         slug="half-reset",

@@ -89,6 +89,7 @@ class LoRA(TrainMethod):
             low=0.0,
             high=0.9,
             paper=0.0,
+            live=True,
             help="This share of the inputs of the addition is left out at random while learning, against memorising.",
         )
         targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper="attention")

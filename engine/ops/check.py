@@ -134,6 +134,9 @@ def check_work(recipe: Recipe) -> Checked:
         guess = inside.estimate
         checked.composition = Composition((lead, *inside.composition.chosen), inside.composition.by_slot)
         inner = inside.recipe
+        if not inside.faults:
+            found = lead.method.check_inner(lead.params, inner)
+            faults += [Fault(**{**f.to_dict(), "where": f"{lead.where}.params.{f.where}"}) for f in found]
     elif recipe.data is not None:
         filled, checked.suggestions = resolve(recipe, checked.composition, facts)
         guess, inner = estimate(filled, checked.composition, facts), filled

@@ -1,0 +1,214 @@
+"""The *search* operation: trials of the inner training recipe, trained slice by slice as a search method asks.
+
+Every trial is a job folder of its own (`trials/003/`) whose run pauses at the end of a slice. Overwriting a trial with a donor links the donor's
+checkpoints into its folder: weights, optimizer moments, counters, generators and data cursor; then its own settings apply. Finished slices stand in
+`slices.jsonl`; an interrupted search asks the method the same questions again and reads the answers there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.core.compose_work import inner_recipe
+from engine.core.control import Control, write_json
+from engine.core.errors import EngineError
+from engine.core.events import EventLog
+from engine.core.method import Chosen, SearchMethod
+from engine.core.recipe import Recipe, canonical
+from engine.core.space import with_values
+from engine.core.work import Ask, Mark, Trial
+from engine.ops.check import Checked, require
+from engine.ops.nested import NestedLog, last_row, result_of, take_home
+from engine.ops.train import announce, prepare
+from engine.train.checkpoint import FOLDER as CHECKPOINTS
+from engine.train.export import export
+from engine.train.loop import train
+from engine.train.run import Ending
+
+TRIALS, RECORD, SLICE = "trials", "slices.jsonl", "slice.json"
+
+
+@dataclass(kw_only=True)
+class SearchContext:
+    """What a search method knows before it asks: the resolved training recipe, how many steps a whole trial has, and a generator of its own."""
+
+    recipe: Recipe
+    total_steps: int
+    rng: random.Random
+
+
+class _Left(Exception):
+    """A slice was left before its end, by request."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.reason)
+        self.ending = ending
+
+
+def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nested: bool = False) -> Ending:
+    """Ask, train, tell, until the method asks for nothing more; then take the winner home."""
+    lead, began = checked.composition.chosen[0], time.monotonic()
+    inner = require(inner_recipe(checked.recipe, lead))
+    method: SearchMethod = lead.method(lead.params)
+    (folder / TRIALS).mkdir(exist_ok=True)
+    log.emit("state", {"state": "running", "message": f"{lead.method.card.title} begins."})
+    player = _Player(inner.recipe, lead, folder, log, control)
+    method.begin(SearchContext(recipe=inner.recipe, total_steps=player.total_steps, rng=player.rng))
+    trials: dict[int, Trial] = {}
+    try:
+        while asked := method.ask(list(trials.values())):
+            for ask in asked:
+                trial = trials.setdefault(ask.trial, Trial(number=ask.trial))
+                player.play(ask, trial, trials)
+                method.tell(trial)
+        winner = method.winner(list(trials.values()))
+        taken = player.export(trials[winner])
+    except _Left as left:
+        return left.ending
+    report = method.report(list(trials.values()), winner)
+    log.emit("state", {"state": "exporting", "message": "Writing the result and checking it in a clean process."})
+    return take_home(
+        checked, lead, folder, log, taken=taken, report=report, message=report.sentence, notes=player.notes, began=began
+    )
+
+
+class _Player:
+    """Trains slices."""
+
+    def __init__(self, recipe: Recipe, lead: Chosen, folder: Path, log: EventLog, control: Control) -> None:
+        self.recipe, self.folder, self.log, self.control = recipe, folder, log, control
+        self.rng = random.Random(f"{recipe.settings.seed}/{lead.slug}")
+        self.record = folder / RECORD
+        self.finished = _finished(self.record)
+        self.count = 0
+        self.done_steps = 0
+        self.notes: list[str] = []
+        self.total_steps = self._plan()
+
+    def _plan(self) -> int:
+        """How many steps a whole trial has; found out once, since it takes a look at every example."""
+        path = self.folder / "plan.json"
+        if not path.exists():
+            from engine.ops.train import plan
+            from engine.ops.work import Inputs
+
+            checked = require(self.recipe)
+            assert checked.facts is not None
+            inputs = Inputs(self.recipe, checked.facts)
+            clock = plan(self.recipe, inputs.task, inputs.encoded, self.recipe.settings.seed)
+            write_json(path, {"total_steps": clock.total_steps})
+        return int(json.loads(path.read_text(encoding="utf-8"))["total_steps"])
+
+    def play(self, ask: Ask, trial: Trial, trials: dict[int, Trial]) -> None:
+        """Train one slice, or read it from the record; the trial gets its mark."""
+        donor = trials.get(ask.donor) if ask.donor is not None else None
+        start = donor.step if donor is not None else trial.step
+        if donor is not None:
+            trial.donors.append((donor.step, donor.number))
+            trial.failed = ""
+        trial.values = dict(ask.values)
+        asked = {"number": self.count, **asdict(ask)}
+        if self.count < len(self.finished):
+            line = self.finished[self.count]
+            if canonical(line["ask"]) != canonical(asked):
+                raise RuntimeError("The search asks for something else than before the interruption.")
+        else:
+            line = {"ask": asked, **self._train(ask, trial, donor, start, asked)}
+            with self.record.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.count += 1
+        self.done_steps += max(0, line["step"] - start)
+        score = -math.inf if line["score"] is None else float(line["score"])
+        trial.marks.append(Mark(step=line["step"], score=score, values=dict(ask.values)))
+        trial.failed = line["failed"]
+
+    def home(self, number: int) -> Path:
+        """The folder of a trial."""
+        return self.folder / TRIALS / f"{number:03d}"
+
+    def _train(self, ask: Ask, trial: Trial, donor: Trial | None, start: int, asked: dict[str, Any]) -> dict[str, Any]:
+        home = self.home(trial.number)
+        home.mkdir(exist_ok=True)
+        marker = home / SLICE
+        if not marker.exists() or json.loads(marker.read_text(encoding="utf-8"))["number"] != self.count:
+            if donor is not None:
+                _overwrite(self.home(donor.number), home)
+            write_json(home / "recipe.json", with_values(self.recipe, ask.values).model_dump(mode="json"))
+            write_json(marker, asked)
+            if ask.reason:
+                self.log.emit("log", {"level": "info", "message": ask.reason}, step=self.done_steps)
+        checked = require(with_values(self.recipe, ask.values))
+        offset = {"step": self.done_steps - start, "samples": 0, "tokens": 0}
+        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, self.done_steps + ask.until - start)
+        try:
+            run = prepare(checked, home, log, self.control, forked=True)
+            announce(run)
+            run.pause_at = ask.until
+            ending = train(run)
+            if not ending.exports and (
+                ending.reason != "paused" or run.clock.step < min(ask.until, run.clock.total_steps)
+            ):
+                raise _Left(ending)
+            score = run.task.goodness(run.scores)[0]
+            step = ask.until if ending.exports else run.clock.step
+            return {"step": step, "score": score if math.isfinite(score) else None, "failed": ""}
+        except EngineError as error:
+            if error.reason != "diverged":
+                raise
+            self.log.emit(
+                "log", {"level": "warning", "message": f"Trial {trial.number}: {error}"}, step=self.done_steps
+            )
+            return {"step": ask.until, "score": None, "failed": str(error)}
+        finally:
+            log.close()
+
+    def export(self, trial: Trial) -> Any:
+        """The artifact of a trial that has trained to its end."""
+        home = self.home(trial.number)
+        if not (home / "artifact").exists():
+            checked = require(with_values(self.recipe, trial.values))
+            log = EventLog(home)
+            try:
+                run = prepare(checked, home, log, self.control, forked=True)
+                ending = Ending(reason="completed", message=f"Trial {trial.number} won the search.")
+                export(run, ending, certify=False)
+            finally:
+                log.close()
+        return result_of(f"trial-{trial.number}", home, Ending(reason="completed", message=""))
+
+
+def _overwrite(donor: Path, receiver: Path) -> None:
+    """The donor's checkpoints in the receiver's place, as links to the same files: nobody writes into a finished checkpoint."""
+    shutil.rmtree(receiver / CHECKPOINTS, ignore_errors=True)
+    shutil.copytree(donor / CHECKPOINTS, receiver / CHECKPOINTS, copy_function=_link)
+    shutil.copyfile(donor / "events.jsonl", receiver / "events.jsonl")  # its steps up to here are the donor's
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def _finished(record: Path) -> list[dict[str, Any]]:
+    if not record.exists():
+        return []
+    raw = record.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if whole != raw:
+        record.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+__all__ = ["SearchContext", "last_row", "run"]
