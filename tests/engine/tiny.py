@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from engine.core.control import write_json
 from engine.core.events import LOG_NAME, read_events
-from engine.core.method import TrainMethod
+from engine.core.method import TrainMethod, WorkMethod
 from engine.core.recipe import Recipe, parse_recipe
 from engine.core.slots import Slot
+from engine.io.tensors import load_tensors, save_tensors
 from engine.ops.check import require
 from engine.ops.pretrain import train_tokenizer
 from engine.starters import starter_data
@@ -69,6 +71,43 @@ class Tiny:
             "model": {"source": f"folder:{self.folder / model}"},
             "data": {"source": f"file:{self.folder / data}"},
         }
+
+    def variant(self, number: int) -> Path:
+        """The decoder, fine-tuned in a cheap way: every matrix moved a little, differently for every number. 0 is the decoder itself."""
+        folder = self.folder / (f"decoder-{number}" if number else "decoder")
+        if not folder.exists():
+            shutil.copytree(self.folder / "decoder", folder)
+            tensors = load_tensors(folder / "model.safetensors")
+            generator = torch.Generator().manual_seed(number)
+            moved = {
+                name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator) if tensor.dim() > 1 else tensor
+                for name, tensor in sorted(tensors.items())
+            }
+            save_tensors(folder / "model.safetensors", moved, metadata={"format": "pt"})
+        return folder
+
+    def recipe_for_work(self, method: type[WorkMethod], **settings: Any) -> Recipe:
+        """A small job led by `method` with its tiny preset: as many models as it needs, and a training inside where it wants one."""
+        task = method.needs.tasks[0] if method.needs.tasks else "causal_lm"
+        plan = {
+            "max_steps": 6,
+            "batch_size": 4,
+            "max_length": 48,
+            "learning_rate": 1e-2,
+            "evaluations": 2,
+            "precision": "fp32",
+            **settings,
+        }
+        inside = [("full-finetuning", {})] if method.training == "required" else []
+        refs = [(method.card.slug, method.presets["tiny"]), *inside]
+        body = {
+            **self.inputs(task),
+            "operation": method.role,
+            "models": [{"source": f"folder:{self.variant(number)}"} for number in range(1, method.num_models[0])],
+            "methods": [{"slug": slug, "params": dict(params)} for slug, params in refs],
+            "settings": plan,
+        }
+        return require(parse_recipe(body)).recipe
 
     def recipe(
         self, methods: list[tuple[str, Mapping[str, Any]]], *, task: str = "causal_lm", **settings: Any
