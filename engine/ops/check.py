@@ -140,6 +140,8 @@ def check_work(recipe: Recipe) -> Checked:
     elif recipe.data is not None:
         filled, checked.suggestions = resolve(recipe, checked.composition, facts)
         guess, inner = estimate(filled, checked.composition, facts), filled
+    if faults:
+        return checked
     methods = list(inner.methods)
     if has_inner:
         methods.insert(lead.index or 0, recipe.methods[lead.index or 0])
