@@ -12,6 +12,7 @@ from engine.core.method import Card, Cost, TrainMethod
 from engine.core.slots import Slot
 from engine.parts.optimizers import gradient_norm
 from engine.train.parts import PartContext, StepReport, UpdateRule
+from engine.train.trainables import set_rates
 
 if TYPE_CHECKING:
     from engine.train.run import Run
@@ -47,9 +48,7 @@ class OrdinaryStep(UpdateRule):
         norm = gradient_norm(run.trainables)
         for rule in run.rules:
             extra.update(rule.apply(run.trainables, norm))
-        rate = (run.settings.learning_rate or 0.0) * run.schedule.factor(clock)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_rates(run.optimizer, run.schedule, clock, run.settings.learning_rate or 0.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         return StepReport(

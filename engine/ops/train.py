@@ -11,17 +11,18 @@ from typing import Any, cast
 import torch
 
 from engine.core.control import Control
-from engine.core.errors import EngineError, Fault
+from engine.core.errors import bad_input
 from engine.core.events import EventLog
 from engine.core.recipe import Recipe
 from engine.ops.check import Checked
 from engine.tasks import task as task_named
 from engine.train import checkpoint
+from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
 from engine.train.export import build_slots, export
 from engine.train.loop import train
 from engine.train.parts import seeded
-from engine.train.run import Ending, Run, seed_everything
+from engine.train.run import Ending, Run, restore_structure, seed_everything
 from engine.train.trainables import collect, halve_frozen
 
 
@@ -91,12 +92,12 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     for complaint in complaints:
         log.emit("log", {"level": "warning", "message": complaint})
     if snapshot is not None:
-        for name, part in slots.names.items():
-            if part in slots.parametrizations:
-                part.load_state_dict(
-                    checkpoint.join_state(f"part/{name}", snapshot.tensors, snapshot.values["parts"][name])
-                )
+        if not forked:
+            _refuse_other_recipe(snapshot, recipe)
+        restore_structure(slots, snapshot)
     trainables = collect(model, slots.parametrizations, task.fresh(model))
+    if snapshot is not None:
+        trainables.arrange(snapshot.values["names"])
     if settings.precision == "bf16":
         halve_frozen(model)
     if settings.gradient_checkpointing:
@@ -122,19 +123,19 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
         control=control,
     )
     if snapshot is not None:
-        if not forked and snapshot.values["fingerprint"] != recipe.fingerprint():
-            raise EngineError(
-                Fault(
-                    where="recipe",
-                    what="This folder holds checkpoints of another recipe.",
-                    why="A run cannot go on with other settings.",
-                    way_out="Start it as a new run.",
-                    code="other_recipe",
-                ),
-                "bad_input",
-            )
         run.restore(snapshot)
     return run
+
+
+def _refuse_other_recipe(snapshot: Snapshot, recipe: Recipe) -> None:
+    if snapshot.values["fingerprint"] != recipe.fingerprint():
+        raise bad_input(
+            "recipe",
+            "This folder holds checkpoints of another recipe.",
+            "A run cannot go on with other settings.",
+            "Start it as a new run.",
+            "other_recipe",
+        )
 
 
 def plan(recipe: Recipe, task: Any, encoded: Any, seed: int) -> Clock:

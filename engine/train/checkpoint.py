@@ -65,8 +65,8 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     return target
 
 
-def load(path: Path, *, trainables_only: bool = False) -> Snapshot:
-    """Read and verify one checkpoint; raises DamagedFile when any byte that matters is not what was written."""
+def load(path: Path, *, optimizer: bool = True) -> Snapshot:
+    """Read and verify one checkpoint, with or without the optimizer's state; raises DamagedFile when any byte that matters is not what was written."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         claimed = manifest.pop("self")
@@ -77,7 +77,8 @@ def load(path: Path, *, trainables_only: bool = False) -> Snapshot:
         raise DamagedFile(f"The checkpoint {path.name} was changed after it was written.")
     read = {
         name: load_tensors(path / f"{name}.safetensors", manifest["tensors"][name])
-        for name in (_FILES[:1] if trainables_only else _FILES)
+        for name in _FILES
+        if optimizer or name != "optimizer"
     }
     return Snapshot(
         step=manifest["step"],

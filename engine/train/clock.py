@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -31,6 +31,10 @@ class Clock:
     @property
     def epochs_done(self) -> float:
         return self.step / max(1, self.steps_per_epoch)
+
+    def since(self, born: int) -> Clock:
+        """This clock as something sees it that was born after step `born`: its steps run from there to the end of the run."""
+        return self if born == 0 else replace(self, step=self.step - born, total_steps=self.total_steps - born)
 
     def eta_seconds(self) -> float | None:
         return None if self.step == 0 else self.seconds / self.step * (self.total_steps - self.step)

@@ -72,12 +72,16 @@ MOMENTS: tuple[Moment, ...] = (
     Moment(
         slot=Slot.GRADIENT_RULE, hook="apply", when="once a step, after accumulation; the logged norm was taken before"
     ),
-    Moment(slot=Slot.SCHEDULE, hook="factor", when="once a step, before the optimizer moves"),
+    Moment(
+        slot=Slot.SCHEDULE,
+        hook="factor",
+        when="once a step, before the optimizer moves; once more for each step at which optimizer groups were born, with their own clock",
+    ),
     Moment(slot=Slot.OPTIMIZER, hook="step", when="once a step"),
     Moment(
         slot=Slot.PARAMETRIZATION,
         hook="adapt",
-        when="after every optimizer step: may grow, prune or re-draw trainables, answered with a Remap",
+        when="after every optimizer step: may grow, prune or re-draw trainables, answered with a Remap; what is born may start a schedule of its own",
     ),
     Moment(slot=Slot.OPTIMIZER, hook="remap", when="whenever adapt returned a Remap"),
     Moment(slot=Slot.WATCHER, hook="see", when="after every step and after every evaluation; read-only"),
@@ -130,11 +134,23 @@ class Remap:
     `tensors` maps the name of each *new* trainable to (old name or None, index): rows of the optimizer's state are taken at `index`
     (a LongTensor into the flattened old tensor, -1 = fresh zero) — None means "all fresh".
     `replaced` maps names to the new nn.Parameter objects; `removed` names trainables that are gone.
+    `born` is the step (`report.step`) after which everything in `replaced` that has no ancestor starts a schedule of its own: it goes into new
+    optimizer groups, which rise and fall between that step and the end of the run. With None it joins the groups and the schedule that exist.
+    What has an ancestor stays in the ancestor's group.
     """
 
     replaced: dict[str, nn.Parameter]
     tensors: dict[str, tuple[str | None, Tensor | None]] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    born: int | None = None
+
+    def ancestor(self, name: str) -> str | None:
+        """The trainable that a new one takes its optimizer state from."""
+        return self.tensors.get(name, (None, None))[0]
+
+    def young(self) -> dict[str, nn.Parameter]:
+        """What starts a schedule of its own."""
+        return {} if self.born is None else {n: p for n, p in self.replaced.items() if self.ancestor(n) is None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +175,11 @@ class Parametrization(Part):
     (in the peft layout as "base_model.model.<name>" with `modules_to_save`), `restore` loads them.
     With precision bf16 the loop converts frozen weights to bf16 after attach, keeps trainables in fp32, calls `sync`, and runs forward and loss
     under torch.autocast(bf16); backward runs outside of it.
+
+    A parametrization whose trainables change (`adapt`) keeps in `state_dict` everything that its structure and the model depend on beside the values
+    of the trainables. `load_state_dict` rebuilds that structure in the attached model; it runs between `attach` and `trainables` when a run is resumed,
+    and once more, on the trained model, when the best checkpoint is put back before export, which may be smaller than the last or have chosen other
+    weights. Afterwards `trainables` is asked anew, the saved values are copied in, and `sync` is called.
     """
 
     def calibrate(self, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> None:
@@ -253,10 +274,15 @@ class OptimizerFactory(Part):
         raise NotImplementedError
 
     def remap(self, optimizer: torch.optim.Optimizer, remap: Remap, trainables: Trainables) -> None:
-        """Move state rows by `remap.tensors`. The default in engine.train.trainables handles every per-element state tensor."""
-        from engine.train.trainables import remap_optimizer
+        """Move state rows by `remap.tensors`; what is young is grouped as `build` would group it, so that its weight decay is right.
 
-        remap_optimizer(optimizer, remap, trainables)
+        The default in engine.train.trainables handles every per-element state tensor.
+        """
+        from engine.train.trainables import Trainables, remap_optimizer
+
+        young = Trainables(remap.young())
+        groups = self.build(young, optimizer.defaults.get("lr", 0.0)).param_groups if len(young) else []
+        remap_optimizer(optimizer, remap, trainables, groups)
 
 
 class Schedule(Part):

@@ -41,7 +41,14 @@ from engine.train.parts import (
     Watcher,
     seeded,
 )
-from engine.train.trainables import Trainables, load_optimizer_state, optimizer_state
+from engine.train.trainables import (
+    Trainables,
+    births,
+    collect,
+    load_optimizer_state,
+    optimizer_state,
+    restore_births,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +302,8 @@ class Run:
                 "clock": self.clock.state_dict(),
                 "parts": state,
                 "optimizer": numbers,
+                "names": [name for name, _ in self.trainables.items()],
+                "born": births(self.optimizer, self.trainables),
                 "rng": values,
                 "best": self.best,
                 "first_scores": self.first_scores,
@@ -306,12 +315,14 @@ class Run:
         )
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Continue exactly where a snapshot was taken."""
+        """Continue exactly where a snapshot was taken; `restore_structure` ran before the trainables were collected."""
         values = snapshot.values
         self.clock.load_state_dict(values["clock"])
         for name, part in self.slots.names.items():
-            part.load_state_dict(checkpoint.join_state(f"part/{name}", snapshot.tensors, values["parts"][name]))
+            if part not in self.slots.parametrizations:
+                part.load_state_dict(checkpoint.join_state(f"part/{name}", snapshot.tensors, values["parts"][name]))
         self.trainables.load(snapshot.trainables)
+        restore_births(self.optimizer, self.trainables, values["born"])
         load_optimizer_state(self.optimizer, self.trainables, snapshot.optimizer, values["optimizer"])
         statistics = checkpoint.running_statistics(self.model)
         for name, buffer in statistics.items():
@@ -338,14 +349,29 @@ class Run:
         return path
 
     def load_best(self) -> bool:
-        """Put the best weights back before export; False when the current ones are the best or no better were kept."""
+        """Put the best weights back before export; False when the current ones are the best or no better were kept.
+
+        What learns may have grown or changed since, so structure and trainables become those of the checkpoint. The optimizer does not follow.
+        """
         step = self.best.get("step")
         path = self.folder / checkpoint.FOLDER / f"step-{step or 0:08d}"
         if step is None or step == self.clock.step or not path.exists():
             return False
-        self.trainables.load(checkpoint.load(path, trainables_only=True).trainables)
+        best = checkpoint.load(path, optimizer=False)
+        restore_structure(self.slots, best)
+        self.trainables = collect(self.model, self.slots.parametrizations, self.task.fresh(self.model))
+        self.trainables.load(best.trainables)
         self.sync()
         return True
+
+
+def restore_structure(slots: Slots, snapshot: Snapshot) -> None:
+    """Give the attached parametrizations their state back, so that what learns has the names and shapes it had in the snapshot."""
+    for name, part in slots.names.items():
+        if part in slots.parametrizations:
+            part.load_state_dict(
+                checkpoint.join_state(f"part/{name}", snapshot.tensors, snapshot.values["parts"][name])
+            )
 
 
 def seed_everything(seed: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.train.parts import Parametrization, Remap
+from engine.train.clock import Clock
+from engine.train.parts import Parametrization, Remap, Schedule
 
 
 class Trainables:
@@ -53,6 +54,14 @@ class Trainables:
                         f"'{name}' was saved with shape {tuple(tensors[name].shape)} and is {tuple(parameter.shape)} now."
                     )
                 parameter.copy_(tensors[name])
+
+    def arrange(self, names: Sequence[str]) -> None:
+        """Take the saved order: norms over all gradients are sums, and sums depend on the order in their last bit."""
+        if set(names) != self._parameters.keys():
+            raise ValueError(
+                f"The saved parameters differ from these: {sorted(set(names) ^ self._parameters.keys())[:4]}"
+            )
+        self._parameters = {name: self._parameters[name] for name in names}
 
     def apply(self, remap: Remap) -> None:
         """Replace, add and remove parameters as a Remap says."""
@@ -128,12 +137,51 @@ def load_optimizer_state(
             }
 
 
-def remap_optimizer(optimizer: torch.optim.Optimizer, remap: Remap, trainables: Trainables) -> None:
-    """Carry per-element optimizer state over a Remap; `trainables` still holds the old parameters when this is called."""
+def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, clock: Clock, learning_rate: float) -> float:
+    """Give every group its rate: one that was born later follows the schedule from its birth on. Returns the rate of the run itself."""
+    factors = {0: schedule.factor(clock)}
+    for group in optimizer.param_groups:
+        born = group.get("born", 0)
+        if born not in factors:
+            factors[born] = schedule.factor(clock.since(born))
+        group["lr"] = learning_rate * factors[born]
+    return learning_rate * factors[0]
+
+
+def births(optimizer: torch.optim.Optimizer, trainables: Trainables) -> dict[str, int]:
+    """The step after which a trainable was born, for each that was born in the course of the run."""
+    born = {id(p): group["born"] for group in optimizer.param_groups if group.get("born") for p in group["params"]}
+    return {name: born[id(parameter)] for name, parameter in trainables.items() if id(parameter) in born}
+
+
+def restore_births(optimizer: torch.optim.Optimizer, trainables: Trainables, born: dict[str, int]) -> None:
+    """Split the groups of a freshly built optimizer by step of birth, as they were when `births` was taken."""
+    when = {id(trainables[name]): step for name, step in born.items()}
+    built = [(group, group["params"]) for group in optimizer.param_groups]
+    for group, members in built:
+        group["params"] = [p for p in members if id(p) not in when]
+    for step in sorted(set(born.values())):
+        for group, members in built:
+            young = [p for p in members if when.get(id(p)) == step]
+            if young:
+                optimizer.add_param_group({**group, "params": young, "born": step})
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def remap_optimizer(
+    optimizer: torch.optim.Optimizer, remap: Remap, trainables: Trainables, young: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Carry per-element optimizer state over a Remap; `trainables` still holds the old parameters when this is called.
+
+    `young`: groups over `remap.young()`, to be added with their step of birth.
+    """
     old = dict(trainables.items())
+    apart = remap.young()
     groups = optimizer.param_groups
     group_of = {id(p): group for group in groups for p in group["params"]}
     for name, fresh in remap.replaced.items():
+        if name in apart:
+            continue
         source, index = remap.tensors.get(name, (None, None))
         ancestor = old.get(source) if source else old.get(name)
         home = group_of.get(id(ancestor), groups[0]) if ancestor is not None else groups[0]
@@ -149,11 +197,13 @@ def remap_optimizer(optimizer: torch.optim.Optimizer, remap: Remap, trainables: 
     for name in (*remap.removed, *remap.replaced):
         if name in old:
             optimizer.state.pop(old[name], None)
+    for group in young:
+        optimizer.add_param_group({**group, "born": remap.born})
 
 
 def _gather(value: Any, index: Tensor, fresh: nn.Parameter, ancestor: nn.Parameter) -> Any:
     if not isinstance(value, Tensor) or value.numel() != ancestor.numel() or value.dim() == 0:
-        return value
+        return value.clone() if isinstance(value, Tensor) else value  # a step counter moves in place: each owns one
     flat = torch.cat([value.reshape(-1), value.new_zeros(1)])  # index -1 reads the zero at the end
     return flat[index.reshape(-1).to(flat.device)].reshape(fresh.shape)
 
