@@ -87,7 +87,7 @@ class Verifiable(LanguageTask):
                 f"{len(held):,} problems are kept back; each measurement solves {MAX_MEASURED} of them, always the same."
             )
         return Encoded(train=[found[index] for index in train], holdout=[found[index] for index in held],
-                       holdout_rows=[rows[found[index].source] for index in held], notes=notes,
+                       holdout_rows=[rows[found[index].source] for index in held], rows=rows, notes=notes,
                        num_train_tokens=sum(len(found[index]) for index in train))  # fmt: skip
 
     # ── what reinforcement asks for ───────────────────────────────────────────────────────────────────────────────────
