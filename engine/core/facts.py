@@ -47,7 +47,7 @@ class DataFacts:
     source: str
     path: str
     format: str  # "csv" | "tsv" | "json" | "jsonl" | "parquet"
-    shape: str  # "classification" | "messages" | "instruction" | "text" | "preferences" | "unknown"
+    shape: str  # "classification" | "messages" | "instruction" | "problems" | "text" | "preferences" | "unknown"
     num_rows: int
     columns: tuple[str, ...]
     mapping: dict[str, str]  # role -> column

@@ -22,6 +22,7 @@ AUTO_CLASSES = {
     "classify": "AutoModelForSequenceClassification",
     "causal_lm": "AutoModelForCausalLM",
     "instruct": "AutoModelForCausalLM",
+    "verifiable": "AutoModelForCausalLM",
 }
 _BY_KIND = {
     "encoder": "AutoModelForSequenceClassification",

@@ -30,6 +30,12 @@ SHAPES: dict[str, Shape] = {
         Shape(name="preferences", title="Better and worse answers", roles=("prompt", "chosen", "rejected")),
         Shape(name="messages", title="Conversations", roles=("messages",)),
         Shape(
+            name="problems",
+            title="Problems with checkable answers",
+            roles=("question", "answer"),
+            optional=("hint", "solution"),
+        ),
+        Shape(
             name="instruction",
             title="Requests and answers",
             roles=("instruction", "output"),
@@ -42,6 +48,8 @@ SHAPES: dict[str, Shape] = {
 _MESSAGES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
 _ASK = ("instruction", "prompt", "question", "query", "request", "user", "human", "problem", "input")
 _ANSWER = ("output", "completion", "answer", "response", "reply", "assistant", "solution", "target")
+_FINAL = ("final_answer", "ground_truth", "correct_answer", "gold_answer")  # names that only a checkable answer has
+_HINT = ("hint", "hints", "guidance")
 _LABEL = (
     "label", "labels", "class", "category", "topic", "intent", "sentiment", "target", "tag", "rating", "stars", "kind", "type", "emotion",
     "language",
@@ -87,6 +95,10 @@ def guess_shape(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> 
             return "messages", {"messages": column}
     strings = [column for column in columns if _is_text(column, sample)]
     ask = next((names[name] for name in _ASK if names.get(name) in strings), None)
+    if ask is not None:
+        problems = _guess_problems(names, strings, ask, sample)
+        if problems:
+            return "problems", problems
     answer = next((names[name] for name in _ANSWER if names.get(name) in strings and names[name] != ask), None)
     if ask is not None and answer is not None and not (names.get("target") == answer and _few_values(answer, sample)):
         mapping = {"instruction": ask, "output": answer}
@@ -97,6 +109,28 @@ def guess_shape(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> 
             mapping["system"] = names["system"]
         return "instruction", mapping
     return _guess_texts(columns, names, strings, sample)
+
+
+def _guess_problems(
+    names: Mapping[str, str], strings: Sequence[str], ask: str, sample: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Roles of a table of problems, or nothing. Plain questions and answers stay requests: those goals that check answers take them as well."""
+    hint = next((names[name] for name in _HINT if names.get(name) in strings and names[name] != ask), None)
+    final = next((names[name] for name in _FINAL if name in names and _is_scalar(names[name], sample)), None)
+    plain = next((names[name] for name in ("answer", "target") if name in names and names[name] != ask), None)
+    if final is None and plain is not None and _is_scalar(plain, sample):
+        number = plain not in strings and names.get("answer") == plain and not _few_values(plain, sample)
+        if hint is not None or number:
+            final = plain
+    if final is None:
+        return {}
+    mapping = {"question": ask, "answer": final}
+    if hint is not None:
+        mapping["hint"] = hint
+    solution = next((names[name] for name in ("solution", "rationale", "answer", "output") if names.get(name) in strings), None)
+    if solution is not None and solution not in mapping.values():
+        mapping["solution"] = solution
+    return mapping
 
 
 def _guess_texts(
@@ -230,6 +264,12 @@ def _is_text(column: str, sample: Sequence[Mapping[str, Any]]) -> bool:
     values = [row[column] for row in sample if row.get(column) not in (None, "")]
     texts = [value for value in values if isinstance(value, str)]
     return bool(texts) and 2 * len(texts) >= len(values) and not all(_is_number(text) for text in texts)
+
+
+def _is_scalar(column: str, sample: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every filled cell is a text or a number."""
+    values = [row[column] for row in sample if row.get(column) not in (None, "")]
+    return bool(values) and all(isinstance(value, str | int | float) for value in values)
 
 
 def _is_number(text: str) -> bool:

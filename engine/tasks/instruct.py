@@ -25,7 +25,7 @@ class Instruct(LanguageTask):
     name = "instruct"
     title = "Answer like these examples"
     sentence = "An assistant that answers requests the way your examples do."
-    data_shapes = ("messages", "instruction")
+    data_shapes = ("messages", "instruction", "problems")
     roles = ("messages",)
     packs_examples = True
 
@@ -129,7 +129,10 @@ class Answerer(Writer):
 
 
 def as_messages(row: Row) -> Conversation:
-    """A request with its answer as a conversation: the input stands below the instruction."""
+    """A request with its answer as a conversation: the input stands below the instruction. A problem is answered by its worked solution."""
+    if "question" in row:
+        told = row.get("solution") or row["answer"]
+        return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": told}]
     asked = "\n\n".join(row[role] for role in ("instruction", "input") if row.get(role))
     system: Conversation = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]

@@ -84,6 +84,11 @@ MOMENTS: tuple[Moment, ...] = (
         when="after every optimizer step: may grow, prune or re-draw trainables, answered with a Remap; what is born may start a schedule of its own",
     ),
     Moment(slot=Slot.OPTIMIZER, hook="remap", when="whenever adapt returned a Remap"),
+    Moment(
+        slot=Slot.OBJECTIVE,
+        hook="numbers",
+        when="every part of every slot: after every step, for its row in the log; read-only but for own counters",
+    ),
     Moment(slot=Slot.WATCHER, hook="see", when="after every step and after every evaluation; read-only"),
     Moment(slot=Slot.PARAMETRIZATION, hook="merge", when="once at the end, on the exported copy"),
     Moment(slot=Slot.PARAMETRIZATION, hook="export", when="once at the end"),
@@ -117,6 +122,11 @@ class Part:
     def begin(self, run: Any) -> None:
         """Once before the first step ever (not again after a resume), `run` an engine.train.loop.Run: look at the model as it was, e.g. for
         reference log-probabilities; what must survive goes into `state_dict`."""
+
+    def numbers(self) -> Mapping[str, float]:
+        """Numbers of the step that was just made, for its row in the log, e.g. {"reward": 0.4}. Asked once a step. They must be the same after
+        a resume."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """State beyond the trainables: {"name": Tensor | JSON value}. Generators are saved as their uint8 state tensors."""

@@ -207,6 +207,7 @@ class Run:
             "weight": report.weight,
             "learning_rate": report.learning_rate,
             **{key: float(value) if isinstance(value, Tensor) else value for key, value in report.extra.items()},
+            **{key: float(value) for part in self.slots.names.values() for key, value in part.numbers().items()},
             "seconds": round(self.clock.seconds, 4),
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
             "memory": self.memory(),

@@ -95,6 +95,7 @@ def _sentence(row: Dataset, counts: list[tuple[str, int]]) -> str:
     return {
         "messages": f"{words.count(row.num_rows, 'conversation')} between a person and an assistant.",
         "instruction": f"{words.count(row.num_rows, 'request')}, each with the answer that is wanted.",
+        "problems": f"{words.count(row.num_rows, 'problem')}, each with an answer that can be checked.",
         "preferences": f"{words.count(row.num_rows, 'question')}, each with a better and a worse answer.",
         "text": f"{words.count(row.num_rows, 'text')} to go on writing like.",
     }.get(row.shape, f"{rows}, and it is not clear yet what is to be learned from them.")
@@ -103,7 +104,8 @@ def _sentence(row: Dataset, counts: list[tuple[str, int]]) -> str:
 ROLE_WORDS = {
     "text": "The text to read", "label": "The label to learn", "messages": "The conversation", "instruction": "What is asked",
     "input": "What comes with the question", "output": "The answer to learn", "system": "The general instruction",
-    "prompt": "What is asked", "chosen": "The better answer", "rejected": "The worse answer",
+    "question": "The problem", "answer": "The answer to check against", "hint": "A hint that does not give the answer away",
+    "solution": "A worked solution", "prompt": "What is asked", "chosen": "The better answer", "rejected": "The worse answer",
 }  # fmt: skip
 
 

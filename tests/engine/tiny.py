@@ -33,6 +33,8 @@ class Tiny:
             file.writelines(json.dumps({"text": text[:160]}) + "\n" for text in stories(1, 40))
         with (folder / "dialogues.jsonl").open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in dialogues(2, 40))
+        with (folder / "problems.jsonl").open("w") as file:  # a random model hits a digit now and then
+            file.writelines(json.dumps(row) + "\n" for row in problems(40))
         rows = Path(starter_data("customer-messages").path).read_text(encoding="utf-8").splitlines()
         (folder / "messages.csv").write_text("\n".join(rows[:65]) + "\n", encoding="utf-8")
 
@@ -63,9 +65,11 @@ class Tiny:
 
     def inputs(self, task: str) -> dict[str, Any]:
         """Model and data of a recipe for a task."""
-        model, data = {"classify": ("encoder", "messages.csv"), "instruct": ("decoder", "dialogues.jsonl")}.get(
-            task, ("decoder", "stories.jsonl")
-        )
+        model, data = {
+            "classify": ("encoder", "messages.csv"),
+            "instruct": ("decoder", "dialogues.jsonl"),
+            "verifiable": ("decoder", "problems.jsonl"),
+        }.get(task, ("decoder", "stories.jsonl"))
         return {
             "task": task,
             "model": {"source": f"folder:{self.folder / model}"},
@@ -130,6 +134,15 @@ class Tiny:
         own = (method.card.slug, method.presets["tiny"])
         needed = [] if Slot.PARAMETRIZATION in method.slots else [("full-finetuning", {})]
         return self.recipe([*needed, own], task=task, **settings)
+
+
+def problems(count: int) -> list[dict[str, str]]:
+    """Sums of three digits modulo ten, each with a hint that names the first step, unless that would be the answer."""
+    rows = []
+    for number in range(count):
+        a, b, c = number % 7, (3 * number + 1) % 10, (number // 3) % 5 + 1
+        rows.append({"question": f"{a} + {b} + {c}", "answer": str((a + b + c) % 10), "hint": f"begin with {a + b}"})
+    return rows
 
 
 def lay(folder: Path, recipe: Recipe) -> Path:

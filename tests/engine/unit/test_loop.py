@@ -83,6 +83,7 @@ def test_every_hook_runs_at_its_documented_moment(tiny: Tiny, tmp_path: Path, mo
         "optimizer.step",
         "parametrization.adapt",
         "parametrization.sync",
+        "objective.numbers",
         "watcher.see",
     ]
     assert names[-2:] == ["parametrization.export", "parametrization.merge"]
