@@ -327,7 +327,13 @@ class Run:
         path = self.folder / checkpoint.FOLDER / f"step-{step or 0:08d}"
         if step is None or step == self.clock.step or not path.exists():
             return False
-        self.trainables.load(checkpoint.load(path, trainables_only=True).trainables)
+        snapshot = checkpoint.load(path)
+        for name, part in self.slots.names.items():
+            if isinstance(part, Parametrization):  # what it holds beside the trainables belongs to them
+                part.load_state_dict(
+                    checkpoint.join_state(f"part/{name}", snapshot.tensors, snapshot.values["parts"][name])
+                )
+        self.trainables.load(snapshot.trainables)
         self.sync()
         return True
 

@@ -59,6 +59,7 @@ def test_every_hook_runs_at_its_documented_moment(tiny: Tiny, tmp_path: Path, mo
     documented = {(moment.slot, moment.hook) for moment in MOMENTS}
     absent = {
         (Slot.LOSS_TERM, "term"),
+        (Slot.DATA_POLICY, "survey"),
         (Slot.DATA_POLICY, "rows"),
         (Slot.DATA_POLICY, "batch"),
         (Slot.OPTIMIZER, "remap"),
