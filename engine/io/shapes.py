@@ -127,7 +127,9 @@ def _guess_problems(
     mapping = {"question": ask, "answer": final}
     if hint is not None:
         mapping["hint"] = hint
-    solution = next((names[name] for name in ("solution", "rationale", "answer", "output") if names.get(name) in strings), None)
+    solution = next(
+        (names[name] for name in ("solution", "rationale", "answer", "output") if names.get(name) in strings), None
+    )
     if solution is not None and solution not in mapping.values():
         mapping["solution"] = solution
     return mapping

@@ -26,10 +26,11 @@ from engine.core.recipe import Recipe, canonical
 from engine.core.space import with_values
 from engine.core.work import Ask, Mark, Trial
 from engine.ops.check import Checked, require
-from engine.ops.nested import NestedLog, last_row, result_of, take_home
-from engine.ops.train import announce, prepare
+from engine.ops.nested import NestedLog, result_of, take_home
+from engine.ops.train import announce, plan, prepare
+from engine.ops.work import Inputs
 from engine.train.checkpoint import FOLDER as CHECKPOINTS
-from engine.train.export import export
+from engine.train.export import build_slots, export
 from engine.train.loop import train
 from engine.train.run import Ending
 
@@ -97,13 +98,13 @@ class _Player:
         """How many steps a whole trial has; found out once, since it takes a look at every example."""
         path = self.folder / "plan.json"
         if not path.exists():
-            from engine.ops.train import plan
-            from engine.ops.work import Inputs
-
             checked = require(self.recipe)
             assert checked.facts is not None
             inputs = Inputs(self.recipe, checked.facts)
-            clock = plan(self.recipe, inputs.task, inputs.encoded, self.recipe.settings.seed)
+            policies = build_slots(self.recipe, checked.facts, inputs.task)[1].policies
+            for policy in policies:
+                policy.survey(inputs.encoded)
+            clock = plan(self.recipe, inputs.task, inputs.encoded, self.recipe.settings.seed, policies)
             write_json(path, {"total_steps": clock.total_steps})
         return int(json.loads(path.read_text(encoding="utf-8"))["total_steps"])
 
@@ -209,6 +210,3 @@ def _finished(record: Path) -> list[dict[str, Any]]:
     if whole != raw:
         record.write_bytes(whole)
     return [json.loads(line) for line in whole.splitlines()]
-
-
-__all__ = ["SearchContext", "last_row", "run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +17,13 @@ from engine.core.events import EventLog
 from engine.core.recipe import Recipe
 from engine.ops.check import Checked
 from engine.tasks import task as task_named
+from engine.tasks.base import Encoded, Task
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
 from engine.train.export import build_slots, export
 from engine.train.loop import train
-from engine.train.parts import seeded
+from engine.train.parts import DataPolicy, seeded
 from engine.train.run import Ending, Run, restore_structure, seed_everything
 from engine.train.trainables import collect, halve_frozen
 
@@ -84,6 +86,8 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
         task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
         for indices in task.batches(encoded.train, order, settings.batch_size or 1, recipe)
     ]
+    for policy in slots.policies:
+        policy.survey(encoded)
     for part in slots.parametrizations:
         part.calibrate(model, few)
     for part in slots.parametrizations:
@@ -105,7 +109,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     for part in slots.parametrizations:
         part.sync(model)
     optimizer = slots.optimizer.build(trainables, settings.learning_rate or 0.0)
-    clock = plan(recipe, task, encoded, settings.seed)
+    clock = plan(recipe, task, encoded, settings.seed, slots.policies)
     run = Run(
         recipe=recipe,
         facts=facts,
@@ -138,16 +142,16 @@ def _refuse_other_recipe(snapshot: Snapshot, recipe: Recipe) -> None:
         )
 
 
-def plan(recipe: Recipe, task: Any, encoded: Any, seed: int) -> Clock:
-    """How many steps the recipe means."""
+def plan(recipe: Recipe, task: Task, encoded: Encoded, seed: int, policies: Sequence[DataPolicy] = ()) -> Clock:
+    """How many steps the recipe means, for the examples that the data policies let through."""
     settings = recipe.settings
-    order = torch.randperm(len(encoded.train), generator=seeded(seed, "order", "0")).tolist()
+    order: Sequence[int] = torch.randperm(len(encoded.train), generator=seeded(seed, "order", "0")).tolist()
+    for policy in policies:
+        order = policy.rows(order, 0)
     batches = task.batches(encoded.train, order, settings.batch_size or 1, recipe)
     per_epoch = max(1, ceil(len(batches) / settings.accumulate))
     total = max(1, ceil((settings.epochs or 1.0) * per_epoch - 1e-9))
-    return Clock(
-        total_steps=min(total, settings.max_steps or total), steps_per_epoch=per_epoch, num_samples=len(encoded.train)
-    )
+    return Clock(total_steps=min(total, settings.max_steps or total), steps_per_epoch=per_epoch, num_samples=len(order))
 
 
 def attempt_of(folder: Path) -> int:

@@ -19,7 +19,7 @@ from engine.core.recipe import Recipe
 from engine.core.slots import Phase, Slot
 
 if TYPE_CHECKING:
-    from engine.tasks.base import Task
+    from engine.tasks.base import Encoded, Task
     from engine.train.clock import Clock
     from engine.train.trainables import Trainables
 
@@ -34,6 +34,11 @@ class Moment:
 
 
 MOMENTS: tuple[Moment, ...] = (
+    Moment(
+        slot=Slot.DATA_POLICY,
+        hook="survey",
+        when="once an attempt, before the steps are counted: sees every encoded example; changes nothing",
+    ),
     Moment(
         slot=Slot.PARAMETRIZATION,
         hook="calibrate",
@@ -56,7 +61,11 @@ MOMENTS: tuple[Moment, ...] = (
         hook="begin",
         when="every part of every slot: once, before the first step ever; the model still answers like the base",
     ),
-    Moment(slot=Slot.DATA_POLICY, hook="rows", when="at the start of every epoch: chooses and orders example indices"),
+    Moment(
+        slot=Slot.DATA_POLICY,
+        hook="rows",
+        when="once to count the steps of an epoch, and at the start of every epoch: chooses and orders example indices",
+    ),
     Moment(
         slot=Slot.DATA_POLICY,
         hook="gather",
@@ -260,10 +269,14 @@ class DataPolicy(Part):
     """Chooses, changes or orders what the model sees.
 
     `rows` maps the example indices of an epoch to indices (select, augment, mix: phase order); it must depend on (epoch, own state) alone, so
-    that a resumed run replays it. `batch` may change a collated micro-batch (format, collate).
+    that a resumed run replays it. It is also asked for epoch 0 before the run, so that the planned steps are those of what is really read.
+    `batch` may change a collated micro-batch (format, collate).
     """
 
     phase: Phase = Phase.SELECT
+
+    def survey(self, encoded: Encoded) -> None:
+        """Look at all encoded examples before anything is planned, e.g. to set some aside; the same data must lead to the same state."""
 
     def rows(self, indices: Sequence[int], epoch: int) -> Sequence[int]:
         return indices

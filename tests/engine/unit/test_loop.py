@@ -60,6 +60,7 @@ def test_every_hook_runs_at_its_documented_moment(tiny: Tiny, tmp_path: Path, mo
     absent = {
         (Slot.LOSS_TERM, "term"),
         (Slot.DATA_POLICY, "begin"),
+        (Slot.DATA_POLICY, "survey"),
         (Slot.DATA_POLICY, "rows"),
         (Slot.DATA_POLICY, "gather"),
         (Slot.DATA_POLICY, "batch"),
