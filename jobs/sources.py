@@ -1,7 +1,7 @@
 """What a recipe from outside may name. People name things of the studio, never places on the server's disk.
 
 data.source    dataset:<id> | starter:<name>
-model.source   model:<id> | artifact:<id> | starter:<name> | a source that the list of models offers | hub:owner/name (staff)
+model.source, models[i].source   model:<id> | artifact:<id> | starter:<name> | a source that the list of models offers | hub:owner/name (staff)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.errors import Fault, RecipeError
-from engine.core.recipe import parse_recipe
+from engine.core.recipe import ModelRef, parse_recipe
 from jobs import access
 from jobs.models import Dataset, ModelEntry
 
@@ -51,22 +51,22 @@ def resolve(
         asked["name"] = name
     parsed = parse_recipe(asked)
     faults: list[Fault] = []
-    dataset, data_source = _data(owner, parsed.data.source, faults)
+    ready: dict[str, Any] = {}
+    if parsed.data is not None:
+        dataset, data_source = _data(owner, parsed.data.source, faults)
+        data: dict[str, Any] = {"source": data_source}
+        if dataset is not None and not dataset.starter:
+            data |= {"columns": parsed.data.columns or dataset.mapping, "sha256": parsed.data.sha256 or dataset.sha256}
+        ready["data"] = parsed.data.model_copy(update=data)
     model, model_source = _model(owner, parsed.model.source, faults)
+    ready["model"] = parsed.model.model_copy(update={"source": model_source})
+    more = [_model(owner, ref.source, faults, f"models[{place}].source")[1] for place, ref in enumerate(parsed.models)]
+    ready["models"] = tuple(ModelRef(source=source) for source in more)
     if faults:
         raise RecipeError(faults)
     shown = parsed.name or (f"{dataset.name} on {model.name}" if dataset and model else parsed.task)[:200]
-    data: dict[str, Any] = {"source": data_source}
-    if dataset is not None and not dataset.starter:
-        data |= {"columns": parsed.data.columns or dataset.mapping, "sha256": parsed.data.sha256 or dataset.sha256}
-    ready = parsed.model_copy(
-        update={
-            "name": shown,
-            "data": parsed.data.model_copy(update=data),
-            "model": parsed.model.model_copy(update={"source": model_source}),
-        }
-    )
-    return Resolved(request=asked, recipe=ready.model_dump(mode="json"), name=shown, dataset=dataset, model=model)
+    done = parsed.model_copy(update={**ready, "name": shown})
+    return Resolved(request=asked, recipe=done.model_dump(mode="json"), name=shown, dataset=dataset, model=model)
 
 
 def _data(owner: access.Person, source: str, faults: list[Fault]) -> tuple[Dataset | None, str]:
@@ -95,11 +95,13 @@ def _data(owner: access.Person, source: str, faults: list[Fault]) -> tuple[Datas
     return row, f"starter:{row.starter}" if row.starter else f"file:{row.path}"
 
 
-def _model(owner: access.Person, source: str, faults: list[Fault]) -> tuple[ModelEntry | None, str]:
+def _model(
+    owner: access.Person, source: str, faults: list[Fault], where: str = "model.source"
+) -> tuple[ModelEntry | None, str]:
     scheme, _, name = source.partition(":")
     rows = access.models_for(owner)
     if scheme == "artifact":
-        return None, _merged(owner, name, faults)
+        return None, _merged(owner, name, faults, where)
     row = access.with_id(rows, name) if scheme == "model" else rows.filter(source=source).first()
     if row is not None:
         return row, row.source
@@ -107,7 +109,7 @@ def _model(owner: access.Person, source: str, faults: list[Fault]) -> tuple[Mode
         return None, source
     faults.append(
         Fault(
-            where="model.source",
+            where=where,
             what="There is no such model.",
             why=f"'{_short(source)}' is not in the list of models.",
             way_out="Choose one from the list, or ask staff to add it.",
@@ -117,13 +119,13 @@ def _model(owner: access.Person, source: str, faults: list[Fault]) -> tuple[Mode
     return None, source
 
 
-def _merged(owner: access.Person, name: str, faults: list[Fault]) -> str:
+def _merged(owner: access.Person, name: str, faults: list[Fault], where: str) -> str:
     """An earlier result as a starting point: its plain model directory."""
     artifact = access.with_id(access.artifacts_for(owner), name)
     if artifact is None:
         faults.append(
             Fault(
-                where="model.source",
+                where=where,
                 what="There is no such result.",
                 why=f"'{_short(name)}' names nothing that you can see here.",
                 way_out="Choose one from the list of results.",
@@ -134,7 +136,7 @@ def _merged(owner: access.Person, name: str, faults: list[Fault]) -> str:
     if "merged" not in artifact.description.get("forms", {}):
         faults.append(
             Fault(
-                where="model.source",
+                where=where,
                 what="A run cannot start from this result.",
                 why="It has no merged form, only an adapter.",
                 way_out="Start from the model that it was trained from, or choose another result.",

@@ -124,9 +124,9 @@ def refuse(faults: list[Fault]) -> None:
 
 
 def _default_for(slot: Slot, known: dict[str, type[TrainMethod]], task: str) -> type[TrainMethod] | None:
-    fitting = [
-        m for m in known.values() if m.default and slot in m.slots and (not m.needs.tasks or task in m.needs.tasks)
-    ]
+    standing = [m for m in known.values() if m.default and slot in m.slots]
+    made_for = [m for m in standing if task in m.needs.tasks]  # one that names the task comes before one for every task
+    fitting = made_for or [m for m in standing if not m.needs.tasks]
     return fitting[0] if len(fitting) == 1 else None
 
 

@@ -23,6 +23,7 @@ AUTO_CLASSES = {
     "causal_lm": "AutoModelForCausalLM",
     "instruct": "AutoModelForCausalLM",
     "verifiable": "AutoModelForCausalLM",
+    "preference": "AutoModelForCausalLM",
 }
 _BY_KIND = {
     "encoder": "AutoModelForSequenceClassification",

@@ -27,7 +27,12 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape(name="preferences", title="Better and worse answers", roles=("prompt", "chosen", "rejected")),
+        Shape(
+            name="preferences",
+            title="Better and worse answers",
+            roles=("prompt", "chosen", "rejected"),
+            optional=("prefix", "open"),
+        ),
         Shape(name="messages", title="Conversations", roles=("messages",)),
         Shape(
             name="problems",
@@ -89,7 +94,13 @@ def guess_shape(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> 
     if {"chosen", "rejected"} <= names.keys():
         prompt = next((names[name] for name in _ASK if name in names), None)
         if prompt is not None:
-            return "preferences", {"prompt": prompt, "chosen": names["chosen"], "rejected": names["rejected"]}
+            fragments = {role: names[role] for role in SHAPES["preferences"].optional if role in names}
+            return "preferences", {
+                "prompt": prompt,
+                "chosen": names["chosen"],
+                "rejected": names["rejected"],
+                **fragments,
+            }
     for column in [names[name] for name in _MESSAGES if name in names] or list(columns):
         if _holds_messages(column, sample):
             return "messages", {"messages": column}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.core.method import Card, Cost, TrainMethod
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, TrainMethod, Verdict
 from engine.core.params import HyperParams, dial
 from engine.core.slots import Slot
 from engine.parts.losses import cross_entropy_sum, num_supervised
@@ -68,6 +69,16 @@ class CrossEntropy(TrainMethod):
             live=True,
             help="This share of certainty is given to the wrong answers, against over-confidence and wrong labels.",
         )
+
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        if facts.data.shape == "preferences":
+            return Verdict(
+                False,
+                "These data show a better and a worse answer, and it would learn both of them.",
+                "Choose an objective for preferences, such as DPO.",
+            )
+        return super().supports(facts)
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         return [LikelyAnswer(ctx.task, self.params.label_smoothing)]

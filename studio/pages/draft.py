@@ -14,6 +14,18 @@ from studio.pages.dials import Dial, changed, parse
 
 SESSION_KEY = "draft"
 MAX_EXTRAS = 12
+MAX_MODELS = 16
+RESULT = "artifact:"
+
+
+def source_of(chosen: str) -> str:
+    """A chosen model as a recipe names it."""
+    return chosen if chosen.startswith(RESULT) else f"model:{chosen}"
+
+
+def _can_train(slug: str) -> bool:
+    plant = garden.plant(slug)
+    return plant is not None and plant.role == "train"
 
 
 @dataclass
@@ -22,7 +34,8 @@ class Draft:
 
     goal: str = ""
     dataset: str = ""
-    model: str = ""
+    model: str = ""  # the id of a model, or "artifact:<id>" of an earlier result
+    models: list[str] = field(default_factory=list)  # further models, written alike
     method: str = ""
     extras: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -53,17 +66,37 @@ class Draft:
 
     def recipe(self) -> dict[str, Any]:
         """The recipe in the words of the REST API; data set and model are filled in by the action."""
-        named = [*self.slugs, *(slug for slug, params in self.params.items() if params and slug not in self.slugs)]
-        return {
-            "version": 1, "operation": "train", "task": self.goal, "name": self.name, "settings": self.settings,
+        main = garden.plant(self.method)
+        alone = main is not None and not main.takes_extras
+        named = [self.method] if alone else [*self.slugs, *self._turned]
+        recipe = {
+            "version": 1, "operation": self._operation(named), "task": self.goal, "name": self.name, "settings": self.settings,
             "methods": [{"slug": slug, "params": self.params.get(slug, {})} for slug in named],
         }  # fmt: skip
+        if main is not None and main.more_models != (0, 0):
+            recipe["models"] = [{"source": source_of(chosen)} for chosen in self.models]
+        if self.model.startswith(RESULT):
+            recipe["model"] = {"source": self.model}
+        return recipe
+
+    @property
+    def _turned(self) -> list[str]:
+        """Methods that nobody chose by name, but whose dials were changed."""
+        return [slug for slug, params in self.params.items() if params and slug not in self.slugs and _can_train(slug)]
+
+    @staticmethod
+    def _operation(named: Iterable[str]) -> str:
+        """What leads the run: a search around everything, or the main method, or a training."""
+        roles = [plant.role for slug in named if (plant := garden.plant(slug))]
+        return garden.AROUND if garden.AROUND in roles else next((role for role in roles if role != "train"), "train")
 
     def choose(self, data: QueryDict) -> None:
         """Take over what a form says about goal, data, model, methods and the name."""
         for name in ("goal", "dataset", "model", "method"):
             if name in data:
                 setattr(self, name, str(data[name])[:200])
+        if "models.shown" in data:
+            self.models = list(dict.fromkeys(str(value)[:200] for value in data.getlist("more") if value))[:MAX_MODELS]
         if "name" in data:
             self.name = " ".join(str(data["name"]).split())[:200]
         if "extras.shown" in data:
@@ -135,6 +168,11 @@ class Draft:
         }
         self.typed = {}
         for section, name in (("data", "dataset"), ("model", "model")):
-            kind, _, rest = str((recipe.get(section) or {}).get("source", "")).partition(":")
+            source = str((recipe.get(section) or {}).get("source", ""))
+            kind, _, rest = source.partition(":")
             if kind == name:
                 setattr(self, name, rest)
+            elif name == "model" and source.startswith(RESULT):
+                self.model = source
+        named = [str(ref.get("source", "")) for ref in recipe.get("models") or []]
+        self.models = [source.removeprefix("model:") for source in named if source.startswith((RESULT, "model:"))]

@@ -11,6 +11,14 @@ from studio.pages import words
 from studio.pages.dials import Dial, dials
 
 MAIN_SLOT = "parametrization"  # the slot that says what learns: the method a person picks first
+KINDS = {
+    "train": ("Train it", "The model learns from your data."),
+    "flow": ("Several steps in a row", "One press runs all of them, one after the other."),
+    "transform": ("Change it without training", "New weights are made from given ones; your data measure the result."),
+    "generate": ("Make data", "The model makes or judges examples; the result is a data set."),
+    "probe": ("Measure it", "Nothing is changed; the result is a report."),
+}  # the roles that lead a run, in the order in which they are offered
+AROUND = "search"  # a role that stands around a training and repeats it
 WEIGHTS = ("Light", "Medium", "Heavy")
 
 
@@ -42,7 +50,28 @@ class Plant:
 
     @property
     def is_main(self) -> bool:
-        return MAIN_SLOT in self.data["slots"]
+        """Whether a person picks it first: it says what learns, or it leads a run of another kind."""
+        return MAIN_SLOT in self.data["slots"] or (self.role in KINDS and self.role != "train")
+
+    @property
+    def takes_extras(self) -> bool:
+        """Whether training methods may stand beside it."""
+        return self.role == "train" or self.data.get("training") != "none"
+
+    @property
+    def more_models(self) -> tuple[int, int | None]:
+        """How many models it takes beside the first: least, and most (None: any number)."""
+        low, high = self.data.get("num_models") or (1, 1)
+        return low - 1, None if high is None else high - 1
+
+    @property
+    def kind_words(self) -> str:
+        """What kind of work it is, in words."""
+        return (
+            "Searches around a training"
+            if self.role == AROUND
+            else KINDS.get(self.role, ("How a result answers", ""))[0]
+        )
 
     @property
     def needs_words(self) -> list[str]:

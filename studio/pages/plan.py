@@ -11,15 +11,16 @@ from typing import Any
 from django.contrib.auth.models import User
 
 from jobs import plain
-from jobs.access import datasets_for, models_for, parse_id
+from jobs.access import artifacts_for, datasets_for, models_for, parse_id
 from jobs.actions import Create
 from jobs.models import Dataset, ModelEntry
 from studio.pages import garden, words
 from studio.pages.dials import Dial, Field, render
-from studio.pages.draft import Draft
+from studio.pages.draft import RESULT, Draft, source_of
 
 STEPS = ("goal", "data", "how", "check")
 NUM_BASIC = 5
+MAX_RESULTS = 200
 _METHOD = re.compile(r"methods\[(\d+)\](?:\.params)?\.?(.*)")
 
 
@@ -35,6 +36,19 @@ class Choice:
     why_not: str = ""
     way_out: str = ""
     extra: Any = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Something that a run may start from. `entry` is the row of an offered model; a result has none."""
+
+    value: str  # as the draft holds it
+    name: str
+    sentence: str
+    kind: str
+    num_parameters: int
+    source: str
+    entry: ModelEntry | None
 
 
 @dataclass
@@ -73,12 +87,34 @@ class Plan:
         )
 
     @cached_property
+    def starts(self) -> list[Start]:
+        """Everything that a run may start from: the models that are offered, and the results that are whole models."""
+        offered = [
+            Start(str(row.pk), row.name, row.sentence, row.kind, row.num_parameters, row.source, row)
+            for row in self.models
+        ]
+        return [*offered, *self._results]
+
+    @cached_property
+    def _results(self) -> list[Start]:
+        kinds = {goal["name"]: goal["model_kinds"] for goal in garden.goals()}
+        found = []
+        for row in artifacts_for(self.user).select_related("job__model").defer("files")[:MAX_RESULTS]:
+            about = row.description
+            if "merged" not in about.get("forms", {}) or not kinds.get(about.get("task")):
+                continue
+            kind = row.job.model.kind if row.job.model is not None else kinds[about["task"]][0]
+            size = int((about.get("base") or {}).get("num_parameters") or 0)
+            found.append(Start(f"{RESULT}{row.pk}", row.job.name, "A result of yours.", kind, size, "", None))
+        return found
+
+    @cached_property
     def dataset(self) -> Dataset | None:
         return next((row for row in self.datasets if row.pk == parse_id(self.draft.dataset)), None)
 
     @cached_property
-    def model(self) -> ModelEntry | None:
-        return next((row for row in self.models if row.pk == parse_id(self.draft.model)), None)
+    def model(self) -> Start | None:
+        return next((start for start in self.starts if start.value == self.draft.model), None)
 
     @cached_property
     def method(self) -> garden.Plant | None:
@@ -163,14 +199,29 @@ class Plan:
     @property
     def model_choices(self) -> list[Choice]:
         choices = []
-        for row in self.models:
-            fits = self.goal is not None and row.kind in self.goal["model_kinds"]
+        for start in self.starts:
+            fits = self.goal is not None and start.kind in self.goal["model_kinds"]
             wanted = words.spoken([_a(kind) for kind in self.goal["model_kinds"]], "or") if self.goal else ""
-            why = "" if fits else f"It is {_a(row.kind)}, and this goal needs {wanted}."
-            choices.append(
-                Choice(str(row.pk), row.name, row.sentence, f"{words.short(row.num_parameters)} numbers", fits, why)
-            )
+            why = "" if fits else f"It is {_a(start.kind)}, and this goal needs {wanted}."
+            says = f"{words.short(start.num_parameters)} numbers" if start.num_parameters else ""
+            choices.append(Choice(start.value, start.name, start.sentence, says, fits, why))
         return sorted(choices, key=lambda choice: not choice.fits)
+
+    @property
+    def more_models(self) -> list[Choice]:
+        """Further models that the standing method could take, beside the first."""
+        fitting = [choice for choice in self.model_choices if choice.fits and choice.value != self.shown_model]
+        return fitting
+
+    @property
+    def more_models_words(self) -> str:
+        """How many further models the standing method takes."""
+        plant = garden.plant(self.shown_method)
+        if plant is None or plant.more_models == (0, 0):
+            return ""
+        low, high = plant.more_models
+        how_many = words.count(low, "further model") if low == high else f"at least {words.count(low, 'further model')}"
+        return f"{plant.title} takes {how_many}. Its page says what each of them is for."
 
     @cached_property
     def standing_model(self) -> Choice | None:
@@ -187,14 +238,26 @@ class Plan:
         found = [plant for plant in garden.plants() if plant.is_main]
         choices = [self._choice(plant) for plant in found]
         choices.sort(key=lambda choice: (not choice.fits, choice.extra.weight, choice.title))
-        fitting = [choice for choice in choices if choice.fits]
+        fitting = [choice for choice in choices if choice.fits and choice.extra.role == "train"]
         if fitting and self.verdicts:
             best = fitting[0]
             others = len(fitting) - 1
             best.says = "It fits your data and model" + (
                 f", and asks for the least time and memory of the {len(fitting)} that do." if others else "."
             )
-        return choices
+        kinds = list(garden.KINDS)
+        return sorted(choices, key=lambda choice: kinds.index(choice.extra.role))
+
+    @cached_property
+    def method_groups(self) -> list[dict[str, Any]]:
+        """The methods by kind of work; the fitting ones of each kind first."""
+        groups = []
+        for role, (title, sentence) in garden.KINDS.items():
+            found = [choice for choice in self.methods if choice.extra.role == role]
+            if found:
+                chosen = any(choice.value == self.shown_method for choice in found)
+                groups.append({"role": role, "title": title, "sentence": sentence, "choices": found, "open": chosen})
+        return groups
 
     @cached_property
     def standing_method(self) -> Choice | None:
@@ -224,6 +287,13 @@ class Plan:
         """The other places of a run, with who could stand there."""
         standing = {item["slot"]: item["slug"] for item in self.composition if item["default"]}
         groups = []
+        if self.method is not None and not self.method.takes_extras:
+            return []
+        around = [plant for plant in garden.plants() if plant.role == garden.AROUND and plant.suits(self.draft.goal)]
+        if around:
+            chosen = [plant.slug for plant in around if plant.slug in self.draft.extras]
+            groups.append({"name": garden.AROUND, "title": "Search", "law": "Several trainings, to find better settings.", "one": True,
+                           "default": None, "chosen": chosen, "choices": [self._choice(plant) for plant in around]})  # fmt: skip
         for slot in garden.slots():
             found = [plant for plant in garden.plants() if slot["name"] in plant.slots and not plant.is_main]
             found = [plant for plant in found if plant.slots[0] == slot["name"] and plant.suits(self.draft.goal)]
@@ -246,10 +316,11 @@ class Plan:
 
     def _ask(self, draft: Draft) -> tuple[dict[str, Any], list[dict[str, str]]]:
         """The engine's answer, and what is wrong. Nothing is asked before goal, data and a model are known."""
-        model = self.model or next((row for row in self.models if str(row.pk) == self.shown_model), None)
+        model = self.model or next((start for start in self.starts if start.value == self.shown_model), None)
         if self.goal is None or self.dataset is None or model is None:
             return {}, []
-        create = Create(owner=self.user, recipe=draft.recipe(), name=draft.name, dataset=self.dataset, model=model)
+        recipe = replace(draft, model=model.value).recipe()
+        create = Create(owner=self.user, recipe=recipe, name=draft.name, dataset=self.dataset, model=model.entry)
         try:
             answer = create.inspect()
         except plain.Refused as error:
@@ -349,9 +420,16 @@ class Plan:
     def basic(self) -> list[Field]:
         """The five dials that stand on the form at once: four of the run, one of the chosen method."""
         run, *others = self.groups
-        own = next((group for group in others if group.slug == self.draft.method), None)
+        lead = next(
+            (slug for slug in self.draft.extras if (plant := garden.plant(slug)) and plant.role == garden.AROUND),
+            self.draft.method,
+        )
+        own = next((group for group in others if group.slug == lead), None)
+        mine = [shown for shown in own.fields if shown.dial.tier == "basic"] if own else []
+        if self.method is not None and not self.method.takes_extras:  # no training of a person's own stands in it
+            return mine[:NUM_BASIC]
         shared = [shown for shown in run.fields if shown.dial.tier == "basic"][: NUM_BASIC - 1]
-        return [*shared, *([shown for shown in own.fields if shown.dial.tier == "basic"][:1] if own else [])]
+        return [*shared, *mine[:1]] if lead == self.draft.method else [*shared[:2], *mine[: NUM_BASIC - 2]]
 
     @cached_property
     def expert(self) -> list[Group]:
@@ -397,7 +475,8 @@ class Plan:
         recipe = self.answer["recipe"]
         return {
             "data": {**recipe["data"], "source": f"dataset:{self.draft.dataset}"},
-            "model": {"source": f"model:{self.draft.model}"},
+            "model": {"source": source_of(self.draft.model)},
+            "models": self.draft.recipe().get("models", []),
         }
 
     @property

@@ -21,6 +21,7 @@ from jobs.catalogue import engine
 from jobs.models import Artifact
 from jobs.plain import Refused, faults_of
 from studio.pages import telling
+from studio.pages.report import report_of
 from studio.pages.verdict import rows, verdict
 
 RESULTS_A_PAGE = 20
@@ -32,9 +33,11 @@ DARING = {"plain": ("Always the likeliest word", 0.0), "free": ("With some surpr
 LAYOUTS = {
     "transformers": ("Ready to use", "The whole model with what it has learned folded in. Any program that reads transformers models loads it."),
     "peft": ("Small add-on (LoRA)", "Only what was learned, in the form that peft reads. It is used together with the model it was learned on."),
+    "jsonl": ("The rows", "A data set with one JSON object a line. It can be chosen as data of a new run, or opened by any program."),
+    "delta": ("Only the changes", "What differs from the base model, packed small. It is used together with that very model."),
     "bonsai": ("What was learned, exactly", "The numbers that changed, in the studio's own form. For keeping, and for going on in the studio."),
 }  # fmt: skip
-ORDER = ("transformers", "peft", "bonsai")
+ORDER = ("transformers", "peft", "bonsai", "delta", "jsonl")
 
 
 @login_required
@@ -111,11 +114,17 @@ def _show(request: HttpRequest, artifact: Artifact, answered: Mapping[str, Any] 
         "same_before": (description.get("before") or {}).get("eval_loss") == (description.get("baseline") or {}).get("eval_loss"),
         "lead": telling.lead(job), "model": telling.model_name(job), "methods": telling.methods(job), "writes": _writes(description),
         "samples": (description.get("samples") or [])[:6], "lengths": LENGTHS, "daring": DARING, "answered": answered,
+        "answers": _answers(description), "report": report_of(description), "learns": telling.learns(job),
         "forms": _forms(request, artifact), "rest": _rest(request, artifact), **_certificate(artifact),
     }, status=422 if failed else 200)  # fmt: skip
 
 
 # -- trying it ---------------------------------------------------------------------------------------------------------------------
+
+
+def _answers(description: Mapping[str, Any]) -> bool:
+    """Whether it is a model that can be asked something."""
+    return any(layout in ("transformers", "peft", "bonsai") for layout in (description.get("forms") or {}).values())
 
 
 def _writes(description: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from studio.pages import words
 
 PATIENCE_SECONDS = 30.0  # after the engine could not be asked
 _asked_again_at = 0.0
+LEARNING = ("train", "flow", "search")
 EARLY = 0.1  # of the steps; before that, no news is no news
 VERBS = {
     Status.QUEUED: "Will learn to",
@@ -62,16 +63,23 @@ def methods(job: Job) -> list[dict[str, str]]:
                 "slug": ref["slug"],
                 "title": card.get("title", ref["slug"]),
                 "slot": next(iter(card.get("slots", [])), ""),
+                "role": card.get("role", ""),
             }
         )
     return found
 
 
 def leading(job: Job) -> str:
-    """The methods that a sentence names: those that say what learns, or else the first one."""
+    """The methods that a sentence names: the one that leads, those that say what learns, or else the first one."""
     chosen = methods(job)
     shaping = [method["title"] for method in chosen if method["slot"] == "parametrization"]
-    return words.spoken(shaping or [method["title"] for method in chosen[:1]])
+    heads = [method["title"] for method in chosen if method["role"] not in ("", "train")]
+    return words.spoken([*heads, *shaping] or [method["title"] for method in chosen[:1]])
+
+
+def learns(job: Job) -> bool:
+    """Whether anything is trained in it."""
+    return str(job.recipe.get("operation", "train")) in LEARNING
 
 
 def model_name(job: Job) -> str:
@@ -89,6 +97,8 @@ def model_name(job: Job) -> str:
 def lead(job: Job) -> str:
     """What this is: "Learning to sort texts into topics with PaCA on MiniLM"."""
     means, model = leading(job), model_name(job)
+    if not learns(job):
+        return f"{capital(means)}{f' on {model}' if model else ''}"
     return (
         f"{VERBS[Status(job.status)]} {goal(job)}{f' with {means}' if means else ''}{f' on {model}' if model else ''}"
     )

@@ -59,6 +59,10 @@ def verdict(description: Mapping[str, Any]) -> Verdict:
     """The verdict on a result from its description (artifact.json)."""
     after, baseline = description.get("metrics") or {}, description.get("baseline") or {}
     num = int((description.get("data") or {}).get("num_holdout") or 0)
+    report = description.get("report") or {}
+    if description.get("kind") in ("report", "dataset"):
+        said = str(report.get("sentence") or (description.get("ending") or {}).get("message") or "It is done.")
+        return Verdict(sentence=said, rivals="", judgement="", tone="unknown")
     if _is_number(after.get("eval_accuracy")):
         return _of_shares(description, after, baseline, num)
     if _is_number(after.get("eval_loss")):

@@ -48,7 +48,8 @@ def _from_run(request: PageRequest, job_id: str) -> HttpResponse:
     draft = Draft()
     draft.read(job.request)
     draft.again_of = str(job.pk)
-    draft.dataset, draft.model = str(job.dataset_id or ""), str(job.model_id or "")
+    draft.dataset = str(job.dataset_id or "")
+    draft.model = str(job.model_id or "") or draft.model
     draft.keep(request.session)
     return HttpResponseRedirect(reverse("new"))
 
@@ -109,10 +110,10 @@ def _paste(request: PageRequest, draft: Draft) -> HttpResponse:
 def _look_up(request: PageRequest, draft: Draft, recipe: dict[str, Any]) -> None:
     """A recipe may name the starters by name; what this person cannot see is left open."""
     plan = Plan(request.user, draft)
-    data, model = recipe["data"]["source"], recipe["model"]["source"]
+    data, model = (recipe.get("data") or {}).get("source", ""), recipe["model"]["source"]
     row = plan.dataset or next((row for row in plan.datasets if row.starter and f"starter:{row.starter}" == data), None)
-    entry = plan.model or next((row for row in plan.models if row.source == model), None)
-    draft.dataset, draft.model = str(row.pk) if row else "", str(entry.pk) if entry else ""
+    start = plan.model or next((start for start in plan.starts if start.source and start.source == model), None)
+    draft.dataset, draft.model = str(row.pk) if row else "", start.value if start else ""
 
 
 def _start(request: PageRequest, draft: Draft, unread: list[dict[str, str]]) -> HttpResponse:
@@ -121,8 +122,15 @@ def _start(request: PageRequest, draft: Draft, unread: list[dict[str, str]]) -> 
         return _show(request, draft, "check", unread, status=422)
     earlier = parse_id(draft.again_of)
     again_of = Job.objects.filter(pk=earlier, owner=request.user).first() if earlier else None
-    create = Create(owner=request.user, recipe=draft.recipe(), name=draft.name, dataset=plan.dataset, model=plan.model, again_of=again_of,
-                    idempotency_key=draft.key)  # fmt: skip
+    create = Create(
+        owner=request.user,
+        recipe=draft.recipe(),
+        name=draft.name,
+        dataset=plan.dataset,
+        model=plan.model.entry if plan.model else None,
+        again_of=again_of,
+        idempotency_key=draft.key,
+    )
     try:
         job = create.execute(request.user)
     except ActionRefused as error:

@@ -35,6 +35,15 @@ class Tiny:
             file.writelines(json.dumps(row) + "\n" for row in dialogues(2, 40))
         with (folder / "problems.jsonl").open("w") as file:  # a random model hits a digit now and then
             file.writelines(json.dumps(row) + "\n" for row in problems(40))
+        with (folder / "pairs.jsonl").open("w") as file:
+            things = [
+                (a, b) for a in ("bread", "boat", "tree", "bell", "cat", "lamp") for b in ("old", "red", "new", "wet")
+            ]
+            pairs = (
+                {"prompt": f"Is the {a} {b}?", "chosen": f"Yes, the {a} is {b}.", "rejected": "I do not know."}
+                for a, b in things
+            )
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs)
         rows = Path(starter_data("customer-messages").path).read_text(encoding="utf-8").splitlines()
         (folder / "messages.csv").write_text("\n".join(rows[:65]) + "\n", encoding="utf-8")
 
@@ -69,6 +78,7 @@ class Tiny:
             "classify": ("encoder", "messages.csv"),
             "instruct": ("decoder", "dialogues.jsonl"),
             "verifiable": ("decoder", "problems.jsonl"),
+            "preference": ("decoder", "pairs.jsonl"),
         }.get(task, ("decoder", "stories.jsonl"))
         return {
             "task": task,

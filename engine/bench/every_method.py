@@ -1,0 +1,229 @@
+"""One row for every method of the catalogue: what it trains, keeps for backward and keeps in the optimizer, and what a step or a job costs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+from engine.bench.measure import interleave, ratio_interval, saved_bytes
+from engine.bench.report import Section
+from engine.bench.workbench import Workbench, forward, random_llama, step
+from engine.core.method import TrainMethod, TransformMethod
+from engine.core.registry import catalogue
+from engine.core.slots import Slot
+from engine.starters import dialogues
+from engine.train.run import Run
+from engine.train.trainables import optimizer_bytes
+
+ROUNDS = 9
+COMMON: list[tuple[str, dict[str, Any]]] = [("adamw", {}), ("constant", {}), ("clip", {})]
+LORA = {"alpha": 16, "targets": "all-linear"}
+SHAPE = {"hidden": 384, "layers": 6, "ffn": 1024, "heads": 6}
+SETTINGS: dict[str, Any] = {"epochs": 50, "batch_size": 4, "max_length": 256, "precision": "fp32", "holdout": 0.05}
+
+
+def learners(bench: Workbench, data: str) -> Section:
+    """Methods that say what learns, each beside peft's LoRA of the nearest trainable count."""
+    model = f"folder:{random_llama(bench.folder, **SHAPE)}"
+    section = Section(
+        title="Methods that say what learns",
+        columns=("method", "trainable", "LoRA beside it", "step, ms (median)", "spread", "step / LoRA", "95 % interval",
+                 "saved for backward / LoRA", "optimizer / LoRA"),
+        intro=f"Llama 13 M, fp32, 4 × 256 tokens of our stories, AdamW, every method with its own defaults; {ROUNDS} interleaved rounds each. The "
+        "LoRA beside it (peft, every linear layer) has the rank whose trainable count is nearest, from 1 to 256.",
+    )  # fmt: skip
+    for slug, method in catalogue().items():
+        fits = issubclass(method, TrainMethod) and Slot.PARAMETRIZATION in method.slots
+        if not fits or (method.needs.tasks and "causal_lm" not in method.needs.tasks):
+            continue
+        run = bench.run(bench.recipe(model, data, [(slug, {}), *_common(method)], **SETTINGS))
+        count = run.trainables.num_elements()
+        rank = _rank(bench, model, data, count)
+        lora = bench.run(bench.recipe(model, data, [("lora", {"r": rank, **LORA}), *COMMON], **SETTINGS))
+        section.rows.append(
+            _row(slug, method.card.title, run, lora, f"r={rank}, {lora.trainables.num_elements():,}", section)
+        )
+    return section
+
+
+def others(bench: Workbench) -> Section:
+    """Objectives, optimizers, schedules, rules, data policies and watchers, each added to the same LoRA run."""
+    section = Section(
+        title="Methods that stand beside what learns",
+        columns=("method", "slots", "goal", "step, ms (median)", "spread", "step / without it", "95 % interval", "optimizer / without it"),
+        intro=f"Llama 13 M with peft LoRA r=8 on every linear layer, fp32; the same run with the method and without it (or with what stands there by "
+        f"itself). {ROUNDS} interleaved rounds. Methods that let the model answer pay for the answers; a step of theirs is another thing than a step "
+        "on written examples.",
+    )  # fmt: skip
+    for slug, method in catalogue().items():
+        if not issubclass(method, TrainMethod) or Slot.PARAMETRIZATION in method.slots:
+            continue
+        if method.needs.kinds and "decoder" not in method.needs.kinds:
+            continue
+        task = method.needs.tasks[0] if method.needs.tasks else "causal_lm"
+        data = task_data(bench, task)
+        if data is None:
+            continue
+        model = f"folder:{random_llama(bench.folder, **SHAPE)}"
+        base = [("lora", {"r": 8, **LORA})]
+        plain = [item for item in COMMON if item[0] != slug and not _same_slot(item[0], method)]
+        with_it = bench.run(
+            bench.recipe(model, data, [*base, *plain, (slug, method.presets["tiny"])], task=task, **SETTINGS)
+        )
+        without = (
+            bench.run(bench.recipe(model, data, [*base, *COMMON], task=_plain_task(task), **SETTINGS))
+            if _plain_task(task) == task
+            else None
+        )
+        timings = interleave(
+            {"with": _turn(with_it), **({"without": _turn(without)} if without else {})}, rounds=ROUNDS
+        )
+        mine = timings["with"]
+        ratio = ratio_interval(mine.seconds, timings["without"].seconds) if without else None
+        section.rows.append((
+            method.card.title, ", ".join(slot.words for slot in method.slots), task, f"{mine.median * 1e3:.1f}", f"{mine.spread:.1%}",
+            f"{ratio[0]:.3f}" if ratio else "–", f"{ratio[1]:.3f} – {ratio[2]:.3f}" if ratio else "–",
+            f"{optimizer_bytes(with_it.optimizer) / max(1, optimizer_bytes(without.optimizer)):.2f}" if without else "–",
+        ))  # fmt: skip
+    return section
+
+
+def transforms(bench: Workbench) -> Section:
+    """Transformations: seconds and the peak of memory, beside reading and writing the same weights once."""
+    from engine.ops.folder import run_folder
+
+    section = Section(
+        title="Methods that make new weights",
+        columns=("method", "models", "seconds", "/ copying the weights once", "result, MB", "peak memory of the process, MB"),
+        intro="The whole job on a Llama of 13 M (with the other models made by moving its weights a little), evaluation and certificate left out "
+        "where no data are needed. One run each: these are sizes, not races.",
+    )  # fmt: skip
+    data = task_data(bench, "causal_lm")
+    base = random_llama(bench.folder, **SHAPE)
+    copying = _copy_seconds(base)
+    for slug, method in catalogue().items():
+        if not issubclass(method, TransformMethod):
+            continue
+        count = max(method.num_models[0], 3 if method.num_models[1] is None else method.num_models[0])
+        folder = bench.folder / f"transform-{slug}"
+        folder.mkdir()
+        recipe = bench.recipe(
+            f"folder:{base}", str(data), [(slug, method.presets["tiny"])], **{**SETTINGS, "max_steps": 1}
+        )
+        body = {
+            **recipe.model_dump(mode="json"),
+            "operation": "transform",
+            "models": [{"source": f"folder:{_moved(base, n)}"} for n in range(1, count)],
+        }
+        if not method.needs_data:
+            body["data"] = None
+        (folder / "recipe.json").write_text(json.dumps(body), encoding="utf-8")
+        start = time.perf_counter()
+        result = run_folder(folder)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        size = sum(path.stat().st_size for path in (folder / "artifact").rglob("*.safetensors")) / 1e6
+        said = f"{seconds:.1f}" if result["outcome"] == "succeeded" else result["message"][:80]
+        section.rows.append(
+            (method.card.title, str(count), said, f"{seconds / copying:.0f}", f"{size:.1f}", f"{peak:.0f}")
+        )
+    return section
+
+
+def task_data(bench: Workbench, task: str) -> str | None:
+    """Data of our own for a goal, or None where there is none."""
+    from engine.bench.workbench import story_file
+
+    if task == "causal_lm":
+        return f"file:{story_file(bench.folder, 400)}"
+    if task == "classify":
+        return None  # the bench model is a decoder
+    path = bench.folder / f"{task}.jsonl"
+    if task == "instruct":
+        path.write_text("".join(json.dumps(row) + "\n" for row in dialogues(11, 200)), encoding="utf-8")
+    elif task == "preference":
+        return "starter:village-preferences"
+    elif task == "verifiable":
+        rows = [
+            {"question": f"What is {a} plus {b}?", "answer": str(a + b), "hint": f"Begin with {a}."}
+            for a in range(20)
+            for b in range(10)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        return None
+    return f"file:{path}"
+
+
+def _plain_task(task: str) -> str:
+    return task if task in {"causal_lm", "instruct", "verifiable"} else ""
+
+
+def _same_slot(slug: str, method: type[TrainMethod]) -> bool:
+    other = catalogue()[slug]
+    return any(slot.arity == "one" and slot in method.slots for slot in other.slots)
+
+
+def _common(method: type[TrainMethod]) -> list[tuple[str, dict[str, Any]]]:
+    """What stands beside it, less what would be in its way."""
+    return [(slug, params) for slug, params in COMMON if not _same_slot(slug, method)]
+
+
+def _rank(bench: Workbench, model: str, data: str, target: int) -> int:
+    probe = bench.run(bench.recipe(model, data, [("lora", {"r": 1, **LORA}), *COMMON], **SETTINGS))
+    return min(256, max(1, round(target / probe.trainables.num_elements())))
+
+
+def _row(slug: str, title: str, run: Run, lora: Run, beside: str, section: Section) -> tuple[str, ...]:
+    timings = interleave({"own": _turn(run), "lora": _turn(lora)}, rounds=ROUNDS)
+    ratio, low, high = ratio_interval(timings["own"].seconds, timings["lora"].seconds)
+    micro, theirs = run.next_batches()[0], lora.next_batches()[0]
+    saved = saved_bytes(lambda: forward(run, micro), run.model) / saved_bytes(lambda: forward(lora, theirs), lora.model)
+    state = optimizer_bytes(run.optimizer) / max(1, optimizer_bytes(lora.optimizer))
+    section.goals += [
+        {"goal": f"step time of {slug}", "value": ratio, "interval": [low, high], "target": 1.25, "baseline": f"peft LoRA {beside}"},
+        {"goal": f"bytes saved for backward by {slug}", "value": saved, "baseline": f"peft LoRA {beside}"},
+    ]  # fmt: skip
+    own = timings["own"]
+    return (title, f"{run.trainables.num_elements():,}", beside, f"{own.median * 1e3:.1f}", f"{own.spread:.1%}", f"{ratio:.3f}",
+            f"{low:.3f} – {high:.3f}", f"{saved:.3f}", f"{state:.3f}")  # fmt: skip
+
+
+def _turn(run: Run) -> Any:
+    micro = run.next_batches()
+    made = any(type(policy).gather.__qualname__.partition(".")[0] != "DataPolicy" for policy in run.slots.policies)
+    return (lambda: step(run, run.next_batches())) if made else (lambda: step(run, micro))
+
+
+def _moved(base: Path, number: int) -> Path:
+    import shutil
+
+    import torch
+
+    from engine.io.tensors import load_tensors, save_tensors
+
+    folder = base.with_name(f"{base.name}-moved-{number}")
+    if not folder.exists():
+        shutil.copytree(base, folder)
+        generator = torch.Generator().manual_seed(number)
+        tensors = load_tensors(folder / "model.safetensors")
+        moved = {name: t + 0.01 * torch.randn(t.shape, generator=generator) for name, t in sorted(tensors.items())}
+        save_tensors(folder / "model.safetensors", moved, metadata={"format": "pt"})
+    return folder
+
+
+def _copy_seconds(folder: Path) -> float:
+    from engine.io.tensors import load_tensors, save_tensors
+
+    start = time.perf_counter()
+    save_tensors(folder / "copy.safetensors", load_tensors(folder / "model.safetensors"))
+    (folder / "copy.safetensors").unlink()
+    return time.perf_counter() - start
+
+
+def sections(bench: Workbench) -> list[Section]:
+    """All three tables."""
+    return [learners(bench, str(task_data(bench, "causal_lm"))), others(bench), transforms(bench)]

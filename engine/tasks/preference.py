@@ -1,0 +1,215 @@
+"""Prefer better answers: each row shows a better and a worse answer to one request."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.core.errors import bad_input
+from engine.core.facts import DataFacts, Facts, ModelFacts
+from engine.core.recipe import Recipe
+from engine.io.datasets import read_rows
+from engine.tasks.base import Encoded, Example, Predictor, Row
+from engine.tasks.batching import IGNORED, bucketed, measuring, moved, padded, split_rows
+from engine.tasks.chat import CannotRender, Conversation, encode_conversation, ensure_template, render
+from engine.tasks.instruct import Answerer
+from engine.tasks.language import LanguageTask, general_examples
+
+_YES = {"yes", "true", "1"}
+
+
+@dataclass(slots=True)
+class Pair(Example):
+    """The better answer stands in `input_ids` and `labels`, the worse one here, behind the same prompt."""
+
+    other_ids: list[int]
+    other_labels: list[int]
+
+    def __len__(self) -> int:
+        return max(len(self.input_ids), len(self.other_ids))
+
+
+class Preference(LanguageTask):
+    """Both answers are written behind the same prompt in the model's chat format, and only their tokens count.
+
+    A micro-batch of B pairs is one batch of 2 B rows: the better answers, then the worse ones in the same order; `source` [B] says which row of
+    the data a pair is. With the role `prefix` the answers continue the beginning of an answer; with `open` = yes they are fragments that do not
+    end, so no end mark is put behind them.
+    """
+
+    name = "preference"
+    title = "Prefer better answers"
+    sentence = "An assistant that answers more like the better of two answers, and less like the worse."
+    data_shapes = ("preferences",)
+    roles = ("prompt", "chosen", "rejected")
+
+    def rows(self, data: DataFacts) -> Iterator[Row]:
+        yield from read_rows(data)
+
+    def load_tokenizer(self, facts: ModelFacts) -> Any:
+        return ensure_template(super().load_tokenizer(facts))
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, data: DataFacts) -> Encoded:
+        settings = recipe.settings
+        length = settings.max_length or 512
+        trouble: Counter[str] = Counter()
+        found: list[Pair] = []
+        for number, row in enumerate(rows):
+            try:
+                better, worse = (_encoded(row, row[side], tokenizer) for side in ("chosen", "rejected"))
+            except CannotRender as error:
+                trouble[str(error)] += 1
+                continue
+            if better == worse:
+                trouble["both answers are the same"] += 1
+            elif max(len(better[0]), len(worse[0])) > length:
+                trouble[f"they are longer than {length} tokens, and a cut answer cannot be judged"] += 1
+            elif not all(any(label != IGNORED for label in labels) for _, labels in (better, worse)):
+                trouble["an answer has no tokens"] += 1
+            else:
+                found.append(Pair(*better, number, *worse))
+        notes = [f"{count:,} of {len(rows):,} pairs were left out: {reason}." for reason, count in trouble.items()]
+        if len(found) < 2:
+            raise bad_input(
+                "data",
+                "No pair is left to learn from.",
+                " ".join(notes),
+                "Allow a longer longest text, or mend the data.",
+                "no_examples",
+            )
+        keys = [str(rows[pair.source]["prompt"]) for pair in found]  # pairs about one request fall on the same side
+        train, held = split_rows(keys, [0] * len(found), settings.holdout, settings.seed)
+        if not held or not train:
+            raise bad_input("data", "These pairs are all about one request.", "Some requests must be kept back to measure on.",
+                            "Add pairs about other requests.", "no_holdout")  # fmt: skip
+        return Encoded(train=[found[index] for index in train], holdout=[found[index] for index in held],
+                       holdout_rows=[rows[found[index].source] for index in held], rows=rows, notes=notes,
+                       num_train_tokens=sum(len(found[index].input_ids) + len(found[index].other_ids) for index in train))  # fmt: skip
+
+    def batches(
+        self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Recipe
+    ) -> list[list[int]]:
+        return bucketed(examples, order, batch_size)
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor]:
+        return pair_batch(examples, tokenizer.pad_token_id)
+
+    def evaluate(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> dict[str, Any]:
+        """eval_loss is -log sigmoid of the difference of the mean log-probabilities per token: how surely it prefers the better answer.
+
+        eval_accuracy is the share of pairs of which it prefers the better answer, eval_chosen_loss the loss per token of the better answers.
+        """
+        margins: list[Tensor] = []
+        chosen: list[Tensor] = []
+        with measuring(model):
+            for start in range(0, len(encoded.holdout), 8):
+                batch = moved(pair_batch(encoded.holdout[start : start + 8], tokenizer.pad_token_id), device)
+                sums, counts = self.sequence_scores(model, batch)
+                better, worse = (sums / counts).chunk(2)
+                margins.append((better - worse).double().cpu())
+                chosen.append(better.double().cpu())
+        margin, nll = torch.cat(margins), -torch.cat(chosen)
+        losses = functional.softplus(-margin)
+        count = len(margin)
+        right = (margin > 0).double()
+        general = self.measure(model, general_examples(tokenizer), tokenizer, device)
+        return {
+            "eval_loss": float(losses.mean()),
+            "eval_loss_se": float(losses.std(unbiased=count > 1)) / math.sqrt(count),
+            "eval_accuracy": float(right.mean()),
+            "eval_margin": float(margin.mean()),
+            "eval_chosen_loss": float(nll.mean()),
+            "general_loss": general["eval_loss"],
+            "general_loss_se": general["eval_loss_se"],
+        }
+
+    def sequence_scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(sum of log-probabilities [2 B], number of counted tokens [2 B]) of every row, with gradient, in fp32."""
+        logits, targets = self.forward_logits(model, batch)  # [N, vocab], [N], row by row
+        each = -functional.cross_entropy(logits.float(), targets, reduction="none")
+        counted = batch["labels"][:, 1:] != IGNORED
+        rows = counted.nonzero()[:, 0]
+        sums = torch.zeros(len(counted), dtype=each.dtype, device=each.device).index_add(0, rows, each)
+        return sums, counted.sum(1)
+
+    def baseline(
+        self,
+        untouched: Callable[[], nn.Module],
+        first_scores: Mapping[str, Any],
+        encoded: Encoded,
+        tokenizer: Any,
+        facts: Facts,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        sentence = (
+            f"Before training, the model found the better answer likelier in {first_scores['eval_accuracy']:.0%} of the "
+            "held-out pairs."
+        )
+        return {"name": "the same model before training", "sentence": sentence, **first_scores}
+
+    def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
+        answerer = Answerer(model, tokenizer)
+        found = []
+        for row in encoded.holdout_rows[:count]:
+            if row.get("prefix"):
+                continue  # fragments say nothing by themselves
+            said = _asked(row)
+            answer = answerer.predict([said], max_new_tokens=64)[0]["text"]
+            found.append({"prompt": said[-1]["content"], "output": answer, "expected": str(row["chosen"])})
+        return found
+
+    def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
+        return Answerer(model, ensure_template(tokenizer))
+
+
+def pair_batch(pairs: Sequence[Example], pad: int) -> dict[str, Tensor]:
+    """B pairs as 2 B rows, the better answers first."""
+    assert all(isinstance(pair, Pair) for pair in pairs)
+    ids = [*(pair.input_ids for pair in pairs), *(pair.other_ids for pair in pairs)]  # type: ignore[attr-defined]
+    labels = [*(pair.labels for pair in pairs), *(pair.other_labels for pair in pairs)]  # type: ignore[attr-defined]
+    tokens = padded(ids, pad)  # [2B, T]
+    lengths = torch.tensor([len(row) for row in ids])
+    return {
+        "input_ids": tokens,
+        "attention_mask": (torch.arange(tokens.shape[1]) < lengths[:, None]).long(),
+        "labels": padded(labels, IGNORED),
+        "source": torch.tensor([pair.source for pair in pairs]),
+        "num_tokens": lengths.sum(),
+        "num_samples": torch.tensor(len(pairs)),
+    }
+
+
+def _asked(row: Row) -> Conversation:
+    prompt = row["prompt"]
+    return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
+
+
+def _encoded(row: Row, answer: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of the prompt and one answer; only what differs between the two answers can count, so the prefix does not."""
+    prefix, unfinished = str(row.get("prefix") or ""), str(row.get("open") or "").lower() in _YES
+    if not prefix and not unfinished:
+        return encode_conversation([*_asked(row), {"role": "assistant", "content": str(answer)}], tokenizer)
+    before = render(_asked(row), tokenizer, asking=True) + prefix
+    head = list(tokenizer(before, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(before + str(answer), add_special_tokens=False)["input_ids"])
+    # Where joining changes the tokens of the prompt, the answer is tokenized by itself: the model will see the prompt's own tokens.
+    tail = (
+        whole[len(head) :]
+        if whole[: len(head)] == head
+        else list(tokenizer(str(answer), add_special_tokens=False)["input_ids"])
+    )
+    if not unfinished and tokenizer.eos_token_id is not None:
+        tail = [*tail, tokenizer.eos_token_id]
+    return [*head, *tail], [*[IGNORED] * len(head), *tail]
+
+
+TASK = Preference()
