@@ -98,11 +98,22 @@ def answer_model_facts(request: Answer) -> Answer:
 
 
 def answer_predict(request: Answer) -> Answer:
-    """Ask the result of a run."""
+    """Ask the result of a run, as it is or through a method that stands between."""
+    from engine.ops.serve import serve
     from engine.train.export import load_predictor
 
-    predictor = load_predictor(Path(str(request["artifact"])))
-    return {"answers": predictor.predict(request["inputs"], **request.get("options", {}))}
+    artifact = Path(str(request["artifact"]))
+    inputs, options = request.get("inputs", []), request.get("options", {})
+    if request.get("method"):
+        return serve(
+            artifact,
+            inputs,
+            options,
+            method=request["method"],
+            session=Path(str(request["session"])),
+            undo=request.get("undo"),
+        )
+    return {"answers": load_predictor(artifact).predict(inputs, **options)}
 
 
 def answer_certify(request: Answer) -> Answer:

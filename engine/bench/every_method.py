@@ -36,8 +36,9 @@ def learners(bench: Workbench, data: str) -> Section:
         "LoRA beside it (peft, every linear layer) has the rank whose trainable count is nearest, from 1 to 256.",
     )  # fmt: skip
     for slug, method in catalogue().items():
-        fits = issubclass(method, TrainMethod) and Slot.PARAMETRIZATION in method.slots
-        if not fits or (method.needs.tasks and "causal_lm" not in method.needs.tasks):
+        if not issubclass(method, TrainMethod) or Slot.PARAMETRIZATION not in method.slots:
+            continue
+        if method.needs.tasks and "causal_lm" not in method.needs.tasks:
             continue
         run = bench.run(bench.recipe(model, data, [(slug, {}), *_common(method)], **SETTINGS))
         count = run.trainables.num_elements()

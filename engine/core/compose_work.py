@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from engine.core.errors import Fault
+from collections.abc import Mapping
+from typing import Any
+
+from engine.core.errors import Fault, bad_input
 from engine.core.facts import Facts
-from engine.core.method import Chosen, WorkMethod, method_ref_fault
+from engine.core.method import Chosen, PredictMethod, WorkMethod, method_ref_fault
 from engine.core.recipe import Recipe
 from engine.core.registry import catalogue
 
@@ -92,3 +95,18 @@ def lead_faults(lead: Chosen, facts: Facts) -> list[Fault]:
         ]
     found = lead.method.check(lead.params, facts)
     return [Fault(**{**f.to_dict(), "where": f"{lead.where}.params.{f.where}"}) for f in found]
+
+
+def predict_method(ref: Mapping[str, Any]) -> type[PredictMethod]:
+    """The method that stands between a result and those who ask it, or a refusal that names those that exist."""
+    known = {slug: m for slug, m in catalogue().items() if issubclass(m, PredictMethod)}
+    slug = str(ref.get("slug", ""))
+    if slug not in known:
+        raise bad_input(
+            "method.slug",
+            f"There is no way of answering called '{slug[:60]}'.",
+            "It is neither built in nor offered by an installed package.",
+            f"Choose one of: {', '.join(known)}." if known else "Ask the result as it is.",
+            "unknown_method",
+        )
+    return known[slug]

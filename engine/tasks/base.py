@@ -125,3 +125,19 @@ class Predictor:
     def predict(self, inputs: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
         """classify: [{"label", "score", "scores": [{"label","score"}…]}]; language models: [{"text", "num_tokens"}]."""
         raise NotImplementedError
+
+    # A predictor that learns while it serves has a state; the others keep none.
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned while serving: {"name": Tensor | JSON value}."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
+    def reset(self) -> None:
+        """Forget what was learned while serving."""
+
+    def status(self) -> dict[str, Any]:
+        """Numbers about what was learned while serving."""
+        return {}

@@ -196,25 +196,41 @@ class Sorter(Predictor):
 
     def predict(self, inputs: Sequence[Any], **options: Any) -> list[dict[str, Any]]:
         """Options: top, how many labels to list (all)."""
-        texts = [given for given in inputs if isinstance(given, str) and given.strip()]
-        if len(texts) < len(inputs):
+        self.refuse(inputs)
+        top = int(options.get("top", len(self.labels)))
+        ids, _ = tokenized(list(inputs), self.tokenizer, self.length)
+        examples = [Example(tokens, [0], number) for number, tokens in enumerate(ids)]
+        device = next(self.model.parameters()).device
+        if not examples:
+            return []
+        return self.answers(TASK._logits(self.model, examples, self.tokenizer.pad_token_id, device), top)
+
+    def refuse(self, inputs: Sequence[Any]) -> None:
+        """Raise when an input is no text."""
+        if not all(isinstance(given, str) and given.strip() for given in inputs):
             raise bad_input(
                 "inputs", "There is no text to sort.", "Each input is a text.", "Write a text.", "bad_prompt"
             )
-        top = int(options.get("top", len(self.labels)))
+
+    def batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The texts as one batch on the model's device, in their order."""
         ids, _ = tokenized(texts, self.tokenizer, self.length)
         examples = [Example(tokens, [0], number) for number, tokens in enumerate(ids)]
-        device = next(self.model.parameters()).device
-        logits = (
-            TASK._logits(self.model, examples, self.tokenizer.pad_token_id, device)
-            if examples
-            else torch.empty(0, len(self.labels))
-        )
+        return moved(_batch(examples, self.tokenizer.pad_token_id), next(self.model.parameters()).device)
+
+    @staticmethod
+    def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B, labels] of a batch, in fp32, with gradient."""
+        return TASK.forward_logits(model, batch)[0].float()
+
+    def answers(self, logits: Tensor, top: int | None = None) -> list[dict[str, Any]]:
+        """Labels with their scores, the best first, for each row of logits."""
         answers = []
         for row in torch.softmax(logits, dim=-1).tolist():
             ranked = sorted(zip(row, self.labels, strict=True), key=lambda item: -item[0])
             scores = [{"label": label, "score": score} for score, label in ranked]
-            answers.append({"label": scores[0]["label"], "score": scores[0]["score"], "scores": scores[: max(1, top)]})
+            shown = scores[: max(1, top)] if top is not None else scores
+            answers.append({"label": scores[0]["label"], "score": scores[0]["score"], "scores": shown})
         return answers
 
 

@@ -19,7 +19,7 @@ from engine import __version__
 from engine.client import Engine
 from engine.core.artifact import seal
 from engine.core.control import write_json
-from engine.core.errors import EngineError
+from engine.core.errors import EngineError, bad_input
 from engine.core.facts import DataFacts
 from engine.core.method import Composition
 from engine.core.recipe import Recipe, parse_recipe_text
@@ -219,19 +219,28 @@ def certify_in_clean_process(folder: Path) -> dict[str, Any]:
 def load_predictor(folder: Path) -> Predictor:
     """The predictor of an artifact: from its merged model, or from base and adapter where nothing merges."""
     description = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
+    task, model, tokenizer = load_model_of(folder, description)
+    return task.predictor(model, tokenizer, data_facts_of(description))
+
+
+def load_model_of(folder: Path, description: dict[str, Any]) -> tuple[Task, torch.nn.Module, Any]:
+    """(task, model in eval mode, tokenizer) of an artifact that holds a model."""
     task: Task = task_named(description["task"])
-    facts = data_facts_of(description)
-    source = (
-        model_facts(f"folder:{folder / 'merged'}", task=description["task"])
-        if "merged" in description["forms"]
-        else None
-    )
-    if source is not None:
+    if not description["forms"] or description["kind"] in {"report", "dataset"}:
+        raise bad_input(
+            "artifact",
+            "This result is no model.",
+            f"It is a {description['kind'].replace('dataset', 'data set')}.",
+            "Ask the result of a training instead.",
+            "not_a_model",
+        )
+    if "merged" in description["forms"]:
+        source = model_facts(f"folder:{folder / 'merged'}", task=description["task"])
+        facts = data_facts_of(description)
         model = task.load_model(source, facts, dtype=torch.float32, seed=description["seed"])
-        tokenizer = task.load_tokenizer(source)
-    else:
-        model, tokenizer = load_adapted(folder, description)
-    return task.predictor(model.eval(), tokenizer, facts)
+        return task, model.eval(), task.load_tokenizer(source)
+    adapted, tokenizer = load_adapted(folder, description)
+    return task, adapted.eval(), tokenizer
 
 
 def data_facts_of(description: dict[str, Any]) -> DataFacts:

@@ -99,8 +99,10 @@ def test_what_does_not_fit_stands_there_with_its_reason(ada: Visitor, starters: 
 def test_the_recommended_method_is_the_lightest_that_fits(ada: Visitor, starters: ModelEntry, table: Dataset) -> None:
     form = begin(ada).on(goal="classify").on(dataset=str(table.pk))
     fit = re.findall(r'name="method" value="([^"]+)"', form.text)
-    weights = [found.weight for slug in fit if (found := garden.plant(slug))]
+    weights = [found.weight for slug in fit if (found := garden.plant(slug)) and found.role == "train"]
     assert weights == sorted(weights)
+    roles = [found.role for slug in fit if (found := garden.plant(slug))]
+    assert roles == sorted(roles, key=list(garden.KINDS).index), "one kind of work after the other"
     assert form.data["method"] == fit[0]
     assert "asks for the least time and memory" in form.text
 
