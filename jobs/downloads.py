@@ -77,6 +77,11 @@ def forms_of(artifact: Artifact) -> list[str]:
     return sorted(str(form) for form in artifact.description.get("forms", {}))
 
 
+def serving_folder(artifact: Artifact, slug: str) -> Path:
+    """Where a method that learns while serving keeps what it learned: beside the result, and gone with its job."""
+    return Path(artifact.folder).parent / "serving" / re.sub(r"[^a-z0-9-]", "-", slug.lower())[:80]
+
+
 def artifact_response(request: HttpRequest, artifact: Artifact, form: str) -> HttpResponseBase:
     """One form of a result as a zip archive, with its recipe, model card and certificate beside it."""
     if form not in forms_of(artifact):

@@ -41,7 +41,7 @@ class Preference(LanguageTask):
 
     A micro-batch of B pairs is one batch of 2 B rows: the better answers, then the worse ones in the same order; `source` [B] says which row of
     the data a pair is. With the role `prefix` the answers continue the beginning of an answer; with `open` = yes they are fragments that do not
-    end, so no end mark is put behind them.
+    end (or only one of them: `open` = chosen, rejected), so no end mark is put behind them.
     """
 
     name = "preference"
@@ -63,7 +63,7 @@ class Preference(LanguageTask):
         found: list[Pair] = []
         for number, row in enumerate(rows):
             try:
-                better, worse = (_encoded(row, row[side], tokenizer) for side in ("chosen", "rejected"))
+                better, worse = (_encoded(row, side, tokenizer) for side in ("chosen", "rejected"))
             except CannotRender as error:
                 trouble[str(error)] += 1
                 continue
@@ -193,9 +193,10 @@ def _asked(row: Row) -> Conversation:
     return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
 
 
-def _encoded(row: Row, answer: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _encoded(row: Row, side: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of the prompt and one answer; only what differs between the two answers can count, so the prefix does not."""
-    prefix, unfinished = str(row.get("prefix") or ""), str(row.get("open") or "").lower() in _YES
+    answer, prefix, said = row[side], str(row.get("prefix") or ""), str(row.get("open") or "").lower()
+    unfinished = said in _YES or said == side
     if not prefix and not unfinished:
         return encode_conversation([*_asked(row), {"role": "assistant", "content": str(answer)}], tokenizer)
     before = render(_asked(row), tokenizer, asking=True) + prefix

@@ -80,7 +80,8 @@ def download_artifact(request: HttpRequest, artifact_id: uuid.UUID, form: str) -
     throttle=[REQUESTS, WRITES, PREDICTIONS],
 )
 def predict(request: HttpRequest, artifact_id: uuid.UUID, payload: PredictIn) -> Any:
-    """Texts, or conversations as lists of {role, content}; the answers come in the same order."""
+    """Texts, or conversations as lists of {role, content}; the answers come in the same order. With `method` the result answers through a
+    method that may learn while it serves; the result itself never changes."""
     row = _visible(request, artifact_id)
     asked = payload.model_dump(exclude_none=True)
     size = sum(
@@ -103,6 +104,17 @@ def predict(request: HttpRequest, artifact_id: uuid.UUID, payload: PredictIn) ->
             "They were deleted from the server's disk.",
             "Run the job again; the recipe is kept.",
         )
+    if "method" in asked:
+        if not access.may_change(who(request), row.job.owner_id):
+            raise refuse(
+                403,
+                "forbidden",
+                "This result belongs to somebody else.",
+                "Asking it this way would change what it answers to its owner.",
+                "Ask it without a method.",
+                where="body.method",
+            )
+        asked["session"] = str(downloads.serving_folder(row, asked["method"]["slug"]))
     return engine(timeout=PREDICT_SECONDS).call("predict", artifact=row.folder, **asked)
 
 

@@ -255,17 +255,35 @@ class PredictOptions(Strict):
     )
 
 
+class ServingMethod(Strict):
+    """A method that stands between a result and those who ask it."""
+
+    slug: str = Field(min_length=1, max_length=80)
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
 class PredictIn(Strict):
     """What to ask a trained model."""
 
     inputs: list[str | list[Turn]] = Field(min_length=1, max_length=64, description="Texts, or conversations.")
     options: PredictOptions = PredictOptions()
+    method: ServingMethod | None = Field(
+        default=None,
+        description="A way of answering from the list of methods (role predict); its memory goes on from request to request.",
+    )
+    undo: Literal["last", "all"] | None = Field(
+        default=None,
+        description="With a method: first forget what the last request taught, or everything that was learned while serving.",
+    )
 
 
 class PredictOut(Schema):
     """The answers, in the order of the inputs."""
 
     answers: list[dict[str, Any]]
+    serving: dict[str, Any] | None = Field(
+        default=None, description="With a method: what it has learned while serving."
+    )
 
 
 # -- tokens and health -------------------------------------------------------------------------------------------------------------

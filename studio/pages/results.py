@@ -20,13 +20,16 @@ from jobs.access import artifacts_for, may_change
 from jobs.catalogue import engine
 from jobs.models import Artifact
 from jobs.plain import Refused, faults_of
-from studio.pages import telling
+from studio.pages import garden, telling
 from studio.pages.report import report_of
 from studio.pages.verdict import rows, verdict
 
 RESULTS_A_PAGE = 20
 MAX_CHARS = 20_000
 PREDICT_SECONDS = 120.0
+SERVE_SECONDS = 110.0
+MAX_TEXTS = 64
+SERVING = "predict"  # the role of methods that stand between a result and those who ask it
 CERTIFY_SECONDS = 1800.0
 LENGTHS = {"short": ("A sentence", 40), "medium": ("A paragraph", 120), "long": ("A page", 400)}
 DARING = {"plain": ("Always the likeliest word", 0.0), "free": ("With some surprise", 0.8)}
@@ -74,6 +77,17 @@ def result_predict(request: HttpRequest, pk: uuid.UUID) -> HttpResponse:
 
 @login_required
 @require_POST
+def result_serve(request: HttpRequest, pk: uuid.UUID) -> HttpResponse:
+    """Ask many texts at once through a method that goes on learning while it answers; or undo what it learned."""
+    artifact = _visible(request, pk)
+    served = _serve(request, artifact)
+    if request.headers.get("HX-Request"):
+        return render(request, "results/serving.html", {"served": served, "artifact": artifact})
+    return _show(request, artifact, served=served)
+
+
+@login_required
+@require_POST
 def result_check(request: HttpRequest, pk: uuid.UUID) -> HttpResponse:
     """Check the exported files once more, in a clean process, and keep what it found."""
     artifact = _visible(request, pk)
@@ -106,15 +120,20 @@ def _visible(request: HttpRequest, pk: uuid.UUID) -> Artifact:
     return get_object_or_404(rows_of_person, pk=pk)
 
 
-def _show(request: HttpRequest, artifact: Artifact, answered: Mapping[str, Any] | None = None) -> HttpResponse:
+def _show(
+    request: HttpRequest,
+    artifact: Artifact,
+    answered: Mapping[str, Any] | None = None,
+    served: Mapping[str, Any] | None = None,
+) -> HttpResponse:
     job, description = artifact.job, artifact.description
-    failed = bool(answered and answered.get("faults"))
+    failed = any(found and found.get("faults") for found in (answered, served))
     return render(request, "results/result.html", {
         "artifact": artifact, "job": job, "about": description, "verdict": verdict(description), "measures": rows(description),
         "same_before": (description.get("before") or {}).get("eval_loss") == (description.get("baseline") or {}).get("eval_loss"),
         "lead": telling.lead(job), "model": telling.model_name(job), "methods": telling.methods(job), "writes": _writes(description),
         "samples": (description.get("samples") or [])[:6], "lengths": LENGTHS, "daring": DARING, "answered": answered,
-        "answers": _answers(description), "report": report_of(description), "learns": telling.learns(job),
+        "ways": _ways(request, artifact), "served": served, "answers": _answers(description), "report": report_of(description), "learns": telling.learns(job),
         "forms": _forms(request, artifact), "rest": _rest(request, artifact), **_certificate(artifact),
     }, status=422 if failed else 200)  # fmt: skip
 
@@ -171,6 +190,48 @@ def _ask(artifact: Artifact, text: str, form: Mapping[str, Any]) -> dict[str, An
             "sure": _sure(answer["score"]),
         }
     return {"said": answer.get("text", ""), "num_tokens": answer.get("num_tokens"), "cut": answer.get("ended") is False}
+
+
+def _ways(request: HttpRequest, artifact: Artifact) -> list[garden.Plant]:
+    """Methods through which this result could answer; only its owner may let it learn."""
+    if not (_answers(artifact.description) and may_change(request.user, artifact.job.owner_id)):
+        return []
+    task = str(artifact.description.get("task", ""))
+    offered = [garden.Plant(card) for card in telling.known().get("methods", []) if card["role"] == SERVING]
+    return [plant for plant in offered if plant.suits(task)]
+
+
+def _serve(request: HttpRequest, artifact: Artifact) -> dict[str, Any]:
+    """Answers with what was learned, ready for the page; or the faults."""
+    way = next((plant for plant in _ways(request, artifact) if plant.slug == request.POST.get("way")), None)
+    if way is None:
+        return _fault(
+            "This way of answering is not to be had.",
+            "It does not fit this result, or the result is somebody else's.",
+            "Ask it as it is.",
+        )
+    texts = [line.strip() for line in request.POST.get("texts", "").splitlines() if line.strip()]
+    undo = {"last": "last", "forget": "all"}.get(request.POST.get("go", ""))
+    if undo:
+        texts = []
+    elif not texts or len(texts) > MAX_TEXTS or sum(map(len, texts)) > MAX_CHARS:
+        return _fault(
+            f"There are {len(texts)} texts.", f"From 1 to {MAX_TEXTS} are possible at once, with {MAX_CHARS:,} characters together.",
+            "Write each text on a line of its own.",
+        )  # fmt: skip
+    asked: dict[str, Any] = {
+        "method": {"slug": way.slug},
+        "session": str(downloads.serving_folder(artifact, way.slug)),
+        "inputs": texts,
+    }
+    if undo:
+        asked["undo"] = undo
+    try:
+        found = engine(timeout=SERVE_SECONDS).call("predict", artifact=artifact.folder, **asked)
+    except Refused as error:
+        return {"faults": faults_of(error)}
+    answers = [{"text": text, **answer} for text, answer in zip(texts, found["answers"], strict=True)]
+    return {"answers": answers, "status": found["serving"], "undone": undo, "way": way}
 
 
 def _fault(what: str, why: str, way_out: str) -> dict[str, Any]:

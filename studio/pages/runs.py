@@ -344,5 +344,6 @@ urlpatterns: list[URLPattern] = [
     path("results/", results.results, name="results"),
     path("results/<uuid:pk>/", results.result, name="result"),
     path("results/<uuid:pk>/try/", results.result_predict, name="result-predict"),
+    path("results/<uuid:pk>/serve/", results.result_serve, name="result-serve"),
     path("results/<uuid:pk>/check/", results.result_check, name="result-check"),
 ]

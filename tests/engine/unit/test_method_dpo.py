@@ -71,11 +71,12 @@ def test_fragments_continue_a_prefix_and_do_not_end(tiny: Tiny) -> None:
     from engine.tasks import task
 
     tokenizer = task("preference").load_tokenizer(task_tokenizer.model)
-    row = {"prompt": "Is it red?", "prefix": "Yes, the ", "open": "yes"}
-    ids, labels = _encoded(row, "boat", tokenizer)
+    row = {"prompt": "Is it red?", "prefix": "Yes, the ", "open": "chosen", "chosen": "boat", "rejected": "tree."}
+    ids, labels = _encoded(row, "chosen", tokenizer)
     spoken = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert tokenizer.decode(spoken).strip() == "boat" and tokenizer.eos_token_id not in spoken
     assert tokenizer.decode(ids).endswith("Yes, the boat")
+    assert _encoded(row, "rejected", tokenizer)[1][-1] == tokenizer.eos_token_id
 
 
 def test_sequence_scores_are_those_of_whole_logits(tiny: Tiny, tmp_path: Path) -> None:
