@@ -32,7 +32,7 @@ class Tiny:
         with (folder / "stories.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text[:160]}) + "\n" for text in stories(1, 40))
         with (folder / "dialogues.jsonl").open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in dialogues(2, 40))
+            file.writelines(json.dumps(row) + "\n" for row in [*dialogues(2, 40), *calls(40)])
         with (folder / "problems.jsonl").open("w") as file:  # a random model hits a digit now and then
             file.writelines(json.dumps(row) + "\n" for row in problems(40))
         with (folder / "pairs.jsonl").open("w") as file:
@@ -153,6 +153,20 @@ def problems(count: int) -> list[dict[str, str]]:
         a, b, c = number % 7, (3 * number + 1) % 10, (number // 3) % 5 + 1
         rows.append({"question": f"{a} + {b} + {c}", "answer": str((a + b + c) % 10), "hint": f"begin with {a + b}"})
     return rows
+
+
+def calls(count: int) -> list[dict[str, Any]]:
+    """Conversations that end with a tool call, short enough for the tiny models."""
+    things = ("lamp", "door", "bell", "boat")
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Set the {things[n % 4]} to {n}."},
+                {"role": "assistant", "content": f"set(what='{things[n % 4]}', to={n})"},
+            ]
+        }
+        for n in range(count)
+    ]
 
 
 def lay(folder: Path, recipe: Recipe) -> Path:
