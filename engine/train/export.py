@@ -308,6 +308,8 @@ def _write_payload(payload: Payload, folder: Path, run: Run, name: str) -> dict[
         metadata={"format": "pt"},
     )
     write_json(folder / ("adapter_config.json" if peft else "adapter.json"), payload.config)
+    for file, content in payload.files.items():
+        write_json(folder / file, content)
     run.tokenizer.save_pretrained(folder)
     return {name: payload.layout}
 

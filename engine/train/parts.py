@@ -178,12 +178,14 @@ class Payload:
 
     layout: "peft" (adapter_config.json + adapter_model.safetensors that PeftModel loads) or "bonsai" (ours: adapter.json + adapter.safetensors).
     forms: further exact forms by folder name, e.g. {"lora": Payload(layout="peft", …)}.
+    files: JSON to lie beside them, for people, by file name, e.g. {"allocation.json": {…}}; no loader needs it.
     """
 
     layout: Literal["peft", "bonsai"]
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     forms: dict[str, Payload] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
 
 
 class Parametrization(Part):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import engine.ops.train as driver
-from engine.core.control import write_request
 from engine.io.tensors import load_tensors
 from engine.methods.adamw import AdamWFactory
 from engine.ops.folder import run_folder
@@ -22,6 +21,7 @@ from engine.train.clock import Clock
 from engine.train.export import build_slots
 from engine.train.parts import Parametrization, Remap, StepReport
 from engine.train.trainables import Trainables, births, load_optimizer_state, optimizer_state, restore_births, set_rates
+from tests.engine.interrupted import assert_same_run, best_comes_at, run_and_pause_behind
 from tests.engine.tiny import Tiny, lay, metric_rows
 
 PLACE = "model.layers.0.mlp.up_proj"
@@ -247,51 +247,24 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 6])
 def test_a_grown_run_resumes_to_the_same_bits(tiny: Tiny, tmp_path: Path, growing: None, stop: int) -> None:
     recipe = tiny.recipe(METHODS, max_steps=8, checkpoint_every=1, evaluations=1)
-    whole = lay(tmp_path / "whole", recipe)
+    whole, folder = lay(tmp_path / "whole", recipe), tmp_path / "stopped"
     assert run_folder(whole)["outcome"] == "succeeded"
-    folder = lay(tmp_path / "stopped", recipe)
-
-    original = checkpoint.save
-
-    def save_and_ask(root: Path, snapshot: checkpoint.Snapshot) -> Path:
-        if snapshot.step == stop - 1:
-            write_request(root, "pause")
-        return original(root, snapshot)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_ask)
-        assert run_folder(folder)["outcome"] == "paused"
-    assert metric_rows(folder)[-1]["step"] == stop
-    (folder / "control.json").unlink()
+    run_and_pause_behind(stop, folder, recipe)
+    assert metric_rows(folder)[-1]["step"] == stop + 1
     assert run_folder(folder)["outcome"] == "succeeded"
-    assert metric_rows(folder) == metric_rows(whole)
-    mine, theirs = (checkpoint.load(checkpoint.listed(f)[-1]) for f in (folder, whole))
-    assert len(mine.trainables) == 3
-    for one, other in ((mine.trainables, theirs.trainables), (mine.optimizer, theirs.optimizer)):
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert mine.values["born"] == theirs.values["born"] == {"p8": 3, "p7": 5}
+    assert_same_run(folder, whole)
+    last = checkpoint.load(checkpoint.listed(folder)[-1])
+    assert last.values["born"] == {"p8": 3, "p7": 5} and len(last.trainables) == 3
 
 
 @pytest.mark.parametrize("best", [0, 2, 4, 8])
 def test_the_best_checkpoint_is_put_back_whatever_has_grown_since(
     tiny: Tiny, tmp_path: Path, growing: None, monkeypatch: pytest.MonkeyPatch, best: int
 ) -> None:
-    from engine.train.run import Run
-
-    measure = Run.evaluate
-
-    def scored(run: Run) -> dict[str, Any]:
-        """Worse with every step away from `best`."""
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(run.task), "goodness", lambda task, scores: (-scores["distance"],))
-            held = run.task.evaluate
-            patch.setattr(run.task, "evaluate", lambda *a: {**held(*a), "distance": float(abs(run.clock.step - best))})
-            return measure(run)
-
-    monkeypatch.setattr(Run, "evaluate", scored)
+    best_comes_at(best, monkeypatch)
     folder = lay(tmp_path, tiny.recipe(METHODS, max_steps=8, checkpoint_every=1, evaluations=8))
     result = run_folder(folder)
     assert result["outcome"] == "succeeded", result["message"]
