@@ -159,7 +159,7 @@ class Said(TrainMethod):
         if faults:
             return faults
         names = tensors_of(params.targets, facts.model)
-        m = num_scales(names, params.scales) if params.mode == "said" else 0
+        m = num_scales(names, params.scales, facts.model) if params.mode == "said" else 0
         if params.d <= m + 1:
             faults.append(
                 Fault(
@@ -211,7 +211,7 @@ class Said(TrainMethod):
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
         if params.mode == "said" and not params.train_scales:
-            return int(params.d) - num_scales(tensors_of(params.targets, facts.model), params.scales)
+            return int(params.d) - num_scales(tensors_of(params.targets, facts.model), params.scales, facts.model)
         return int(params.d)
 
     @classmethod

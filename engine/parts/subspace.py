@@ -6,9 +6,10 @@ carry a graph back to z. One computation serves every forward pass until a backw
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -41,16 +42,15 @@ class Shape:
     frozen_scales: bool = False  # hold the scales at 1, for comparisons
 
 
-def blocks_for(names: Sequence[str], scales: str) -> list[int]:
+def blocks_for(names: Sequence[str], scales: str, model: ModelFacts) -> list[int]:
     """For every tensor the number of its scale: one a tensor, or one a layer and one for all tensors outside of the layers."""
     if scales == "none":
         return [0] * len(names)
     if scales == "tensor":
         return list(range(len(names)))
-    layout = find_blocks(dict.fromkeys(names, (1,)))
     layer = {
         name: f"{block.stack}/{block.index}"
-        for block in layout.blocks
+        for block in find_blocks(model.tensors).blocks
         for module in block.modules()
         for name in module.tensors
     }
@@ -59,9 +59,9 @@ def blocks_for(names: Sequence[str], scales: str) -> list[int]:
     return [number[key] for key in keys]
 
 
-def num_scales(names: Sequence[str], scales: str) -> int:
+def num_scales(names: Sequence[str], scales: str, model: ModelFacts) -> int:
     """How many of the d numbers are scales."""
-    return 0 if scales == "none" else len(set(blocks_for(names, scales)))
+    return 0 if scales == "none" else len(set(blocks_for(names, scales, model)))
 
 
 @dataclass(kw_only=True)
@@ -70,7 +70,8 @@ class Weight:
 
     name: str
     base: Tensor  # theta_0
-    owners: list[tuple[nn.Module, str]]
+    places: list[str]  # dotted names of all places
+    owners: list[tuple[nn.Module, str]]  # the modules at these places, with the last part of the name
     scale: int  # number of its scale
     requires_grad: bool
     projection: Projection | None = field(default=None, repr=False)  # its own map; None when one map serves all
@@ -90,7 +91,6 @@ class Subspace(Parametrization):
         self._versions: tuple[int, ...] = ()
         self._flag = {"spent": False}  # whether a backward pass went through the graph of `_thetas`
         self._shown: Literal["graph", "values", "nothing"] = "nothing"
-        self._handles: list[Any] = []
 
     # ── putting it in and out ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -99,7 +99,7 @@ class Subspace(Parametrization):
         for weight in self.weights:
             for module, leaf in weight.owners:
                 del module._parameters[leaf]
-        m = num_scales([weight.name for weight in self.weights], self.shape.scales)
+        m = num_scales([weight.name for weight in self.weights], self.shape.scales, self.ctx.facts.model)
         if self.shape.d <= m:
             raise bad_input("methods", f"{self.shape.d:,} numbers are too few.", f"{m:,} of them are scales of layers or tensors.",
                             f"Choose more than {m:,} numbers, or no scales.", "too_small")  # fmt: skip
@@ -111,7 +111,8 @@ class Subspace(Parametrization):
         for name, parameter in self._learned().items():
             model.register_parameter(name.replace(".", "_"), parameter)
         bodies = {id(module): module for module in (model, base_of(model))}
-        self._handles = [module.register_forward_pre_hook(self._before_forward) for module in bodies.values()]
+        for module in bodies.values():
+            module.register_forward_pre_hook(self._before_forward)
         self.sync(model)
 
     def _chosen(self, model: nn.Module) -> list[Weight]:
@@ -139,9 +140,10 @@ class Subspace(Parametrization):
             raise EngineError(Fault(where="model.source", what=f"The loaded model has no weight called {min(wanted)}, although its files do.",
                                     why="The subspace is laid over the names in the model's files.",
                                     way_out="Use full fine-tuning for this model.", code="names_differ"), "environment")  # fmt: skip
-        numbers = blocks_for([name for _, name in (*base, *head)], self.shape.scales)
+        numbers = blocks_for([name for _, name in (*base, *head)], self.shape.scales, self.ctx.facts.model)
         return [
-            Weight(name=name, base=tensors[key].detach().float(), owners=[(module, leaf) for module, leaf, _ in every[key]], scale=number,
+            Weight(name=name, base=tensors[key].detach().float(), places=[place for _, _, place in every[key]],
+                   owners=[(module, leaf) for module, leaf, _ in every[key]], scale=number,
                    requires_grad=tensors[key].requires_grad)
             for (key, name), number in zip((*base, *head), numbers, strict=True)
         ]  # fmt: skip
@@ -179,18 +181,34 @@ class Subspace(Parametrization):
 
     @torch.no_grad()
     def merge(self, model: nn.Module) -> bool:
-        self.sync(model)
-        for handle in self._handles:
-            handle.remove()
+        self._compute()
+        for module in {id(item): item for item in (model, base_of(model))}.values():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                owner = getattr(hook, "__self__", None)
+                if isinstance(owner, Subspace) and owner.ctx is self.ctx:
+                    del module._forward_pre_hooks[key]
         for weight, theta in zip(self.weights, self._thetas, strict=True):
             whole = nn.Parameter(theta.detach().clone(), requires_grad=weight.requires_grad)
-            for module, leaf in weight.owners:
+            for place in weight.places:
+                path, _, leaf = place.rpartition(".")
+                module = model.get_submodule(path)
                 module.__dict__.pop(leaf, None)
                 module.register_parameter(leaf, whole)
         for name in self._learned():
             del model._parameters[name.replace(".", "_")]
-        self._shown = "nothing"
         return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Subspace:
+        """A copy of the model gets a part of its own; the maps and the starting weights never change and are shared."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.z, twin.scales = copy.deepcopy(self.z, memo), copy.deepcopy(self.scales, memo)
+        twin.weights = [
+            replace(weight, owners=[(copy.deepcopy(module, memo), leaf) for module, leaf in weight.owners])
+            for weight in self.weights
+        ]
+        twin._thetas, twin._versions, twin._shown = [], (), "nothing"
+        return twin
 
     # ── the weights follow z ──────────────────────────────────────────────────────────────────────────────────────────
 
