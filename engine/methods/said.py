@@ -11,13 +11,8 @@ from engine.core.method import Card, Cost, Figure, Suggestion, TrainMethod, Verd
 from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
-from engine.parts.fastfood import power_above
-from engine.parts.subspace import Shape, Subspace, num_scales, tensors_of
-from engine.parts.targets import target_faults
+from engine.parts.subspace import EVERYTHING, Shape, Subspace, num_scales, shape_faults, suggested_rate, tensors_of
 from engine.train.parts import PartContext
-
-EVERYTHING = "all"
-_DENSE_LIMIT = 200_000_000  # entries of a dense map: 0.8 GB
 
 
 class Said(TrainMethod):
@@ -155,54 +150,7 @@ class Said(TrainMethod):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
-        faults = [] if params.targets.strip() == EVERYTHING else target_faults(params.targets, facts.model)
-        if faults:
-            return faults
-        names = tensors_of(params.targets, facts.model)
-        m = num_scales(names, params.scales, facts.model) if params.mode == "said" else 0
-        if params.d <= m + 1:
-            faults.append(
-                Fault(
-                    where="d",
-                    what=f"{params.d:,} numbers are too few for {m:,} scales.",
-                    why="Each scale is one of the numbers, and a direction to scale is needed too.",
-                    way_out=f"Choose more than {m + 1:,}, a scale for each layer instead of each tensor, or the mode 'did'.",
-                    code="too_small",
-                )
-            )
-        size = sum(facts.model.size(name) for name in names)
-        if params.d > size:
-            faults.append(
-                Fault(
-                    where="d",
-                    what=f"{params.d:,} numbers are more than the {size:,} that they should move.",
-                    why="A subspace cannot be larger than the space.",
-                    way_out=f"Choose {size:,} or less; at this size full fine-tuning does the same with less work.",
-                    code="too_large",
-                )
-            )
-        if params.projection == "dense" and size * params.d > _DENSE_LIMIT:
-            faults.append(
-                Fault(
-                    where="projection",
-                    what=f"A dense map would hold {size * params.d:,} numbers.",
-                    why=f"More than {_DENSE_LIMIT:,} need gigabytes of memory and seconds a step.",
-                    way_out="Choose the map 'fastfood', which does the same with hardly any memory.",
-                    code="too_large",
-                )
-            )
-        need = held_bytes(params, facts)
-        if params.projection == "fastfood" and need > facts.machine.memory_bytes:
-            faults.append(
-                Fault(
-                    where="targets",
-                    what=f"The weights, their gradients and the random map need about {need / 1e9:.1f} GB.",
-                    why=f"{facts.machine.device_name} has {facts.machine.memory_bytes / 1e9:.1f} GB.",
-                    way_out="Choose fewer weights, such as attention, or a smaller model.",
-                    code="out_of_memory",
-                )
-            )
-        return faults
+        return shape_faults(shape_of(params), params.targets, facts)
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
@@ -233,26 +181,19 @@ class Said(TrainMethod):
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params
-        shape = Shape(
-            d=p.d,
-            scales=p.scales if p.mode == "said" else "none",
-            spread=p.spread,
-            projection=p.projection,
-            dense_spread=p.dense_spread,
-            seed=ctx.recipe.settings.seed if p.map_seed is None else p.map_seed,
-            head=p.head,
-            frozen_scales=not p.train_scales,
-        )
-        return [Subspace(ctx, tensors_of(p.targets, ctx.facts.model), shape)]
+        seed = ctx.recipe.settings.seed if p.map_seed is None else p.map_seed
+        return [Subspace(ctx, tensors_of(p.targets, ctx.facts.model), shape_of(p, seed))]
 
 
-def suggested_rate(d: int) -> float:
-    """A learning rate for z that makes the first step of every tensor about equally long whatever d is."""
-    return float(f"{min(0.1, 0.3 / d**0.5):.2g}")
-
-
-def held_bytes(params: Any, facts: Facts) -> int:
-    """Bytes of starting weights, moved weights, their gradients, and the vectors of the map."""
-    sizes = [facts.model.size(name) for name in tensors_of(params.targets, facts.model)]
-    lengths = [sum(sizes)] if params.spread == "whole" else sizes
-    return 12 * sum(sizes) + 12 * sum(power_above(max(n, params.d)) for n in lengths)
+def shape_of(params: Any, seed: int = 0) -> Shape:
+    """The hyperparameters as the shape of a subspace."""
+    return Shape(
+        d=params.d,
+        scales=params.scales if params.mode == "said" else "none",
+        spread=params.spread,
+        projection=params.projection,
+        dense_spread=params.dense_spread,
+        seed=seed,
+        head=params.head,
+        frozen_scales=not params.train_scales,
+    )

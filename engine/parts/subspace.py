@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.errors import EngineError, Fault, bad_input
-from engine.core.facts import ModelFacts
+from engine.core.facts import Facts, ModelFacts
 from engine.io.models import base_of
 from engine.parts.adapters import FRESH_PREFIX, fresh_tensors, load_fresh
 from engine.parts.blocks import find_blocks
-from engine.parts.fastfood import GENERATOR, Dense, Fastfood, Projection, project
-from engine.parts.targets import targets
+from engine.parts.fastfood import GENERATOR, Dense, Fastfood, Projection, power_above, project
+from engine.parts.targets import target_faults, targets
 from engine.train.parts import Parametrization, PartContext, Payload, seeded
 
+EVERYTHING = "all"
 OUTSIDE = "outside"
+_DENSE_LIMIT = 200_000_000  # entries of a dense map: 0.8 GB
 _WHOLE = "whole"  # the name under which the one map of all weights is drawn
 
 
@@ -347,7 +349,71 @@ class Subspace(Parametrization):
 
 def tensors_of(spec: str, model: ModelFacts) -> list[str]:
     """The base tensors that a target specification means: "all" of them, or weight and bias of the layers that it names."""
-    if spec.strip() == "all":
+    if spec.strip() == EVERYTHING:
         return list(model.tensors)
     layers = targets(spec, model)
     return [name for name in model.tensors if name.rpartition(".")[0] in layers]
+
+
+def suggested_rate(d: int) -> float:
+    """A learning rate for z that makes the first step of every tensor about equally long whatever d is."""
+    return float(f"{min(0.1, 0.3 / d**0.5):.2g}")
+
+
+def held_bytes(shape: Shape, spec: str, facts: Facts) -> int:
+    """Bytes of starting weights, moved weights, their gradients, and the vectors of the map."""
+    sizes = [facts.model.size(name) for name in tensors_of(spec, facts.model)]
+    if shape.projection == "dense":
+        return 12 * sum(sizes) + 4 * shape.d * sum(sizes)
+    lengths = [sum(sizes)] if shape.spread == "whole" else sizes
+    return 12 * sum(sizes) + 12 * sum(power_above(max(n, shape.d)) for n in lengths)
+
+
+def shape_faults(shape: Shape, spec: str, facts: Facts, where: str = "d") -> list[Fault]:
+    """What is wrong with a subspace over these targets; `where` names the hyperparameter that holds d."""
+    faults = [] if spec.strip() == EVERYTHING else target_faults(spec, facts.model)
+    if faults:
+        return faults
+    d, names = shape.d, tensors_of(spec, facts.model)
+    m, size = num_scales(names, shape.scales, facts.model), sum(facts.model.size(name) for name in names)
+    if d <= m + 1:
+        faults.append(
+            Fault(
+                where=where,
+                what=f"{d:,} numbers are too few for {m:,} scales.",
+                why="Each scale is one of the numbers, and directions to scale are needed too.",
+                way_out=f"Choose more than {m + 1:,}, a scale for each layer instead of each tensor, or the mode 'did'.",
+                code="too_small",
+            )
+        )
+    if d > size:
+        faults.append(
+            Fault(
+                where=where,
+                what=f"{d:,} numbers are more than the {size:,} that they should move.",
+                why="A subspace cannot be larger than the space.",
+                way_out=f"Choose {size:,} or less; at this size full fine-tuning does the same with less work.",
+                code="too_large",
+            )
+        )
+    if shape.projection == "dense" and size * d > _DENSE_LIMIT:
+        faults.append(
+            Fault(
+                where="projection",
+                what=f"A dense map would hold {size * d:,} numbers.",
+                why=f"More than {_DENSE_LIMIT:,} need gigabytes of memory and seconds a step.",
+                way_out="Choose the map 'fastfood', which does the same with hardly any memory.",
+                code="too_large",
+            )
+        )
+    elif (need := held_bytes(shape, spec, facts)) > facts.machine.memory_bytes:
+        faults.append(
+            Fault(
+                where="targets",
+                what=f"The weights, their gradients and the random map need about {need / 1e9:.1f} GB.",
+                why=f"{facts.machine.device_name} has {facts.machine.memory_bytes / 1e9:.1f} GB.",
+                way_out="Choose fewer weights, such as attention, or a smaller model.",
+                code="out_of_memory",
+            )
+        )
+    return faults

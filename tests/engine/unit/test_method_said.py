@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from engine.core.errors import EngineError
 from engine.io.facts import model_facts
-from engine.methods.said import Said, held_bytes
+from engine.methods.said import Said
 from engine.ops.check import check
-from engine.ops.train import run_folder
+from engine.ops.folder import run_folder
 from engine.parts.fastfood import GENERATOR, Dense, Fastfood, project, walsh_hadamard
-from engine.parts.subspace import Subspace
+from engine.parts.subspace import Shape, Subspace, held_bytes
 from tests.engine.attached import Attached, facts_for, logits_of, parameter_copy, random_batches
 from tests.engine.tiny import Tiny, events, lay
 
@@ -482,7 +482,7 @@ def test_bad_numbers_are_refused_early(tiny: Tiny) -> None:
     small = facts_for(facts.model, "causal_lm")
     object.__setattr__(small.machine, "memory_bytes", 100_000)
     assert Said.check(Said.Params(d=100), small)[0].code == "out_of_memory"
-    assert held_bytes(Said.Params(d=100), facts) > 12 * facts.model.num_parameters
+    assert held_bytes(Shape(d=100), "all", facts) > 12 * facts.model.num_parameters
 
 
 def test_pairs_that_move_the_same_weights_are_refused(tiny: Tiny) -> None:
