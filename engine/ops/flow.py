@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from engine.ops.check import Checked, require
 from engine.ops.folder import driver
 from engine.ops.nested import NestedLog, last_row, result_of, take_home
 from engine.ops.work import WorkContext
+from engine.train import checkpoint
 from engine.train.run import Ending
 
 STEPS, DONE = "steps", "done.json"
@@ -89,6 +91,11 @@ class FlowContext(WorkContext):
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
         return DataRef(source=f"file:{path}")
+
+    def forget(self, result: StepResult) -> None:
+        """Drop the weights of a step that nothing needs any more, its checkpoints and merged model; its numbers and its small files stay."""
+        for heavy in (result.folder / checkpoint.FOLDER, result.artifact / "merged"):
+            shutil.rmtree(heavy, ignore_errors=True)
 
     def _recipe(
         self,
