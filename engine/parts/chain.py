@@ -6,8 +6,7 @@ After that no more than one block is ever at work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,33 +97,30 @@ class BlockChain:
         found = {f"{prefix}{name}": module for name, module in self.blocks[place].named_modules()}
         return {name: module for name, module in found.items() if name in chosen and isinstance(module, nn.Linear)}
 
-    @contextmanager
-    def watching(self, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """While this lasts, `see(name, x [n, in])` gets the inputs of the layers; places of padding are left out. Use with `run_batch`."""
+    @torch.no_grad()
+    def measure(self, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> None:
+        """Run the current block over all batches; `see(name, x [n, in])` gets the inputs of its layers, without places of padding."""
+        number = 0
 
         def hook_for(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                x, real = args[0].detach(), self.real[self._batch]
-                whole = real is None or x.shape[:2] != real.shape
-                see(name, x.reshape(-1, x.shape[-1]) if whole else x[real.to(x.device)])  # type: ignore[union-attr]
+                x, real = args[0].detach(), self.real[number]
+                if (
+                    real is None or x.shape[:2] != real.shape
+                ):  # nothing padded, or a layer that sees a flat list of tokens
+                    see(name, x.reshape(-1, x.shape[-1]))
+                else:
+                    see(name, x[real.to(x.device)])
 
             return hook
 
         hooks = [module.register_forward_pre_hook(hook_for(name)) for name, module in layers.items()]
         try:
-            yield
+            for number, hidden in enumerate(self.hidden):
+                self.run_one(self.position, hidden, number)
         finally:
             for hook in hooks:
                 hook.remove()
-
-    @torch.no_grad()
-    def measure(self, layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> None:
-        """Run the current block over all batches and show the inputs of its layers to `see`."""
-        with self.watching(layers, see):
-            for self._batch, hidden in enumerate(self.hidden):
-                self.run_one(self.position, hidden, self._batch)
-
-    _batch = 0
 
 
 def block_names(model: nn.Module) -> list[str]:

@@ -64,7 +64,7 @@ class Pattern:
 
     @classmethod
     def of(cls, name: str, sparsity: float) -> Pattern:
-        """"unstructured" takes the sparsity; "n:m" has its own, 1 - n / m."""
+        """ "unstructured" takes the sparsity; "n:m" has its own, 1 - n / m."""
         if name == UNSTRUCTURED:
             return cls(sparsity)
         found = re.fullmatch(r"(\d+):(\d+)", name)
