@@ -15,6 +15,8 @@ from engine.parts.masked import MaskedTuning, When, head_faults, num_masked, out
 from engine.parts.targets import ALL, TARGETS_HELP, linear_verdict, rank_faults, target_faults, targets
 from engine.train.parts import PartContext
 
+NONE = "none"
+
 
 class MaskLoRA(TrainMethod):
     """Low-rank adaptation under a mask."""
@@ -88,7 +90,12 @@ class MaskLoRA(TrainMethod):
             help="'always' keeps the deleted places out of every step (MaskLoRA); 'merge' trains as if they were free and cuts them off "
             "when measuring and at the end (LoRA-Prune), which is usually worse.",
         )
-        targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper=ALL)
+        targets: str = dial(
+            ALL,
+            label="Layers",
+            help=f"{TARGETS_HELP} With the output layer switched on, none is possible too.",
+            paper=ALL,
+        )
         head: bool = dial(
             False,
             label="Output layer too",
@@ -110,14 +117,12 @@ class MaskLoRA(TrainMethod):
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
-        return frozenset(f"{name}.weight" for name in (*targets(params.targets, facts.model), *_head(params, facts)))
+        return frozenset(f"{name}.weight" for name in (*_layers(params, facts), *_head(params, facts)))
 
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
         heads = {name: facts.model.tensors[f"{name}.weight"] for name in _head(params, facts)}
-        return num_masked(targets(params.targets, facts.model), params.r) + sum(
-            params.r * sum(s) for s in heads.values()
-        )
+        return num_masked(_layers(params, facts), params.r) + sum(params.r * sum(s) for s in heads.values())
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
@@ -135,7 +140,7 @@ class MaskLoRA(TrainMethod):
         p = self.params
         return [
             MaskedTuning(
-                ctx, list(targets(p.targets, ctx.facts.model)), r=p.r, kind="add", scale=p.alpha / p.r, when=p.when,
+                ctx, list(_layers(p, ctx.facts)), r=p.r, kind="add", scale=p.alpha / p.r, when=p.when,
                 dense=_head(p, ctx.facts),
             )
         ]  # fmt: skip
@@ -144,3 +149,7 @@ class MaskLoRA(TrainMethod):
 def _head(params: Any, facts: Facts) -> tuple[str, ...]:
     name = output_layer(facts.model) if params.head else None
     return (name,) if name else ()
+
+
+def _layers(params: Any, facts: Facts) -> dict[str, tuple[int, int]]:
+    return {} if params.targets.strip() == NONE else targets(params.targets, facts.model)

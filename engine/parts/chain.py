@@ -7,15 +7,19 @@ After that no more than one block is ever at work.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.core.errors import EngineError, bad_input
 from engine.parts.blocks import blocks_of
-from engine.parts.pruning import Pattern, keep_per_row, wanda_score
+from engine.parts.pruning import Pattern, keep_per_row, prunable_in, same_tensor, save_masks, summary, wanda_score
 from engine.parts.sparsegpt import output_error, sparsegpt
+
+if TYPE_CHECKING:
+    from engine.ops.transform import ModelFolder, OutFolder
+    from engine.ops.work import WorkContext
 
 _READ_BY_MODEL = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
@@ -210,6 +214,37 @@ def prune_sparsegpt(name: str, module: nn.Linear, inputs: Inputs, pattern: Patte
     with torch.no_grad():
         module.weight.copy_(weight)
     return mask
+
+
+def prune_and_write(
+    source: ModelFolder, out: OutFolder, ctx: WorkContext, title: str, pattern: str, samples: int,
+    prune: Callable[[str, nn.Linear, Inputs], Tensor], *, full: bool,
+) -> None:  # fmt: skip
+    """Load the first model, prune it block by block on calibration texts, and write weights, masks and a report."""
+    homes = prunable_in(source.folder, source, title, pattern)
+    model = ctx.load_model(0)
+    batches = ctx.calibration(samples)
+    masks, errors = prune_blockwise(BlockChain(model, batches), homes, prune, full=full, progress=ctx.progress)
+    write_live(model, source, out)
+    named = {homes[name.removesuffix(".weight")]: mask for name, mask in masks.items()}
+    save_masks(out.folder, named)
+    ctx.report["mask"] = summary(named)
+    ctx.report["output_change"] = {name: round(error, 6) for name, error in errors.items()}
+    ctx.report["calibration"] = {"texts": sum(len(b["input_ids"]) for b in batches), "tokens": _count_tokens(batches)}
+
+
+def write_live(model: nn.Module, source: ModelFolder, out: OutFolder) -> None:
+    """Write the weights of a live model under the names and in the number formats of the folder it came from."""
+    live = model.state_dict()
+    homes = {same_tensor(name, source.layout): name for name in live}
+    with out.weights(source.layout) as writer:
+        for name in writer.order:
+            tensor = live[homes[name]].detach().cpu() if name in homes else source[name]
+            writer.put(name, tensor.to(source.layout[name][0]))
+
+
+def _count_tokens(batches: Sequence[Mapping[str, Tensor]]) -> int:
+    return sum(int(b["attention_mask"].sum()) if _flat(b) else b["input_ids"].numel() for b in batches)
 
 
 def _flat(batch: Mapping[str, Tensor]) -> bool:

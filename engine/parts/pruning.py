@@ -5,7 +5,6 @@ A mask is True where a weight is kept. It is stored on its own and never read of
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from engine.core.errors import Fault, bad_input
-from engine.core.facts import Facts, ModelFacts
+from engine.core.errors import Fault, RecipeError, bad_input
+from engine.core.facts import ModelFacts
 from engine.core.method import Verdict
 from engine.core.params import dial
+from engine.io.facts import model_facts
 from engine.io.tensors import load_tensors, save_tensors
 from engine.parts.blocks import find_blocks
 
@@ -52,6 +52,19 @@ def sparsity_dial() -> Any:
 def pattern_dial() -> Any:
     """The dial for the pattern of the zeros."""
     return dial(UNSTRUCTURED, label="Pattern", tier="basic", paper=UNSTRUCTURED, help=PATTERN_HELP)
+
+
+def samples_dial() -> Any:
+    """The dial for the number of calibration texts."""
+    return dial(
+        128,
+        label="Texts to look at",
+        unit="texts",
+        low=1,
+        high=4096,
+        paper=128,
+        help="How many pieces of text are read to see what flows through each layer; each is as long as the longest text allows.",
+    )
 
 
 @dataclass(frozen=True)
@@ -129,13 +142,31 @@ def prunable(model: ModelFacts) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in model.linears.items() if f"{name}.weight" in inside}
 
 
-def prunable_verdict(title: str, facts: Facts) -> Verdict:
+def prunable_in(folder: Path, tensors: Iterable[str], title: str, pattern: str = UNSTRUCTURED) -> dict[str, str]:
+    """The layers of a model folder that may be pruned: name in the loaded model -> name of its weight in the files; refuses what does not fit."""
+    model = model_facts(f"folder:{folder}")
+    layers = prunable(model)
+    names = set(tensors)
+    homes = {layer: same_tensor(f"{layer}.weight", names) for layer in layers}
+    found = {layer: home for layer, home in homes.items() if home is not None}
+    if not found or len(found) < len(layers):
+        verdict = prunable_verdict(title, model)
+        raise bad_input("model.source", verdict.why or f"The files of {folder.name} name their weights in a way that is not known here.",
+                        "Only weights that are known for certain to belong to a block are removed.",
+                        verdict.way_out or "Choose a model of another family.", "no_such_layer")  # fmt: skip
+    faults = pattern_faults(pattern, layers, "params.pattern")
+    if faults:
+        raise RecipeError(faults)
+    return found
+
+
+def prunable_verdict(title: str, model: ModelFacts) -> Verdict:
     """Whether the model has blocks with ordinary linear layers in them."""
-    if prunable(facts.model):
+    if prunable(model):
         return Verdict(True)
     return Verdict(
         False,
-        f"{title} zeroes weights of ordinary linear layers inside the blocks of a transformer, and this {facts.model.family} model shows none.",
+        f"{title} zeroes weights of ordinary linear layers inside the blocks of a transformer, and this {model.family} model shows none.",
         "Choose a model of another family, such as Llama, OPT, Qwen or BERT.",
     )
 
@@ -184,10 +215,9 @@ def unpack_bits(packed: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def save_masks(folder: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write the masks (by tensor name) beside the weights of a model folder."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    """Write the masks (by tensor name) beside the weights of a model folder; their shapes are those of the weights."""
     packed = {name: pack_bits(mask) for name, mask in masks.items()}
-    save_tensors(folder / MASK_FILE, packed, {"shapes": json.dumps(shapes), "meaning": "bit 1 = kept"})
+    save_tensors(folder / MASK_FILE, packed, {"meaning": "bit 1 = kept, first place in the highest bit"})
 
 
 def load_masks(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
