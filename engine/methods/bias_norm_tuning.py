@@ -14,7 +14,7 @@ from engine.core.method import Card, Cost, Figure, Suggestion, TrainMethod, Verd
 from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
-from engine.parts.adapters import FRESH_PREFIX, fresh_tensors, load_fresh
+from engine.parts.adapters import FRESH_PREFIX, base_name, fresh_tensors, load_fresh
 from engine.parts.vectors import VectorParts, vectors
 from engine.train.parts import Parametrization, PartContext, Payload
 
@@ -52,7 +52,7 @@ class Vectors(Parametrization):
         }
         tensors |= {FRESH_PREFIX + name: tensor for name, tensor in fresh_tensors(model, fresh).items()}
         config = {
-            "method": self.ctx.slug, "vectors": self.names, "base_model": self.ctx.facts.model.source, "fresh": list(fresh),
+            "method": self.ctx.slug, "vectors": self.names, "base_model": base_name(self.ctx.facts.model), "fresh": list(fresh),
             "meaning": "these vectors replace those of the base model",
         }  # fmt: skip
         return Payload(layout="bonsai", config=config, tensors=tensors)

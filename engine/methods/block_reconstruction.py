@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.core.errors import Fault, bad_input
+from engine.core.errors import Fault
 from engine.core.facts import Facts
 from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
@@ -124,10 +124,8 @@ class BlockReconstruction(TransformMethod):
         masks = mask_of(model, str(pruned.folder), homes)
         density = summary(masks)["density"]
         if density > 0.999:
-            raise bad_input(
-                "model.source", "The first model is not pruned.", f"{density:.1%} of its weights are there, so there is nothing to repair.",
-                "Prune it first, and give the pruned model first and the dense one second.", "not_pruned",
-            )  # fmt: skip
+            said = f"{density:.1%} of the first model's weights are there, so it is not pruned"
+            ctx.note(f"{said}; its blocks only learn to answer like those of the second.", "warning")
         repair = Repair(
             small_set=p.small_set, with_vectors=p.with_vectors, r=p.r, alpha=p.alpha, learning_rate=p.learning_rate,
             steps=p.steps, warmup=p.warmup,

@@ -46,7 +46,7 @@ class PERP(FlowMethod):
     card = Card(
         slug="perp",
         title="PERP",
-        pick_when="Pick this when half of a big model's numbers should be deleted and its quality should be back within minutes on one card, without undoing the deletions.",
+        pick_when="Pick this when half of a big model's numbers should go and its quality should be back within minutes on one card, with the deletions kept.",
         summary="First the weights that matter least are deleted. Then a very small set of numbers learns for a short while: norms and offsets, or thin matrices "
         "that never touch a deleted place. At the end everything is folded in: a plain model with the same zeros, and most of its quality back.",
         paper="PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs",
@@ -100,7 +100,7 @@ class PERP(FlowMethod):
             "masklora",
             label="What learns",
             paper="masklora",
-            help="Norms and offsets alone (vectors); or thin matrices that add (masklora), scale (scalelora), or are cut to the kept places at the end (lora-prune).",
+            help="Norms and offsets alone (vectors); or thin matrices that add (masklora), scale (scalelora), or are cut to the kept places last (lora-prune).",
         )
         with_vectors: bool = dial(
             True,
@@ -250,7 +250,8 @@ class PERP(FlowMethod):
         if p.head and p.small_set in {"vectors", "scalelora"}:
             methods.append(("masklora", {**thin, "targets": "none", "head": True}))
         methods += [("adamw", {"weight_decay": 0.0}), ("linear", {"warmup": p.warmup, "final": 0.0})]
-        recipe = ctx.train(methods, model=pruned.model, epochs=1000.0, max_steps=p.steps)
+        most = min(p.steps, ctx.recipe.settings.max_steps or p.steps)
+        recipe = ctx.train(methods, model=pruned.model, epochs=1000.0, max_steps=most)
         return recipe
 
     def _outcome(self, pruned: StepResult, repaired: StepResult) -> Outcome:

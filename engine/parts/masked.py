@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.core.errors import EngineError, Fault
 from engine.core.facts import ModelFacts
-from engine.parts.adapters import FRESH_PREFIX, fresh_tensors, load_fresh
+from engine.parts.adapters import FRESH_PREFIX, base_name, fresh_tensors, load_fresh
 from engine.parts.pruning import mask_of, pack_bits, summary, unpack_bits
 from engine.parts.targets import linear, replace
 from engine.train.parts import Parametrization, PartContext, Payload, Remap, StepReport
@@ -196,7 +196,7 @@ class MaskedTuning(Parametrization):
         ) + "; mask: bits, 1 = kept, first bit highest"
         config: dict[str, Any] = {
             "method": self.ctx.slug, "r": self.r, "scale": self.scale, "when": self.when, "layers": self.layers,
-            "dense_layers": list(self.dense), "base_model": self.ctx.facts.model.source, "fresh": list(fresh),
+            "dense_layers": list(self.dense), "base_model": base_name(self.ctx.facts.model), "fresh": list(fresh),
             "meaning": meaning, "density": round(summary(masks)["density"], 6),
         }  # fmt: skip
         if self.kind == "scale":
