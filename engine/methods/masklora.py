@@ -109,10 +109,18 @@ class MaskLoRA(TrainMethod):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
-        limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model).items()]
-        faults = target_faults(params.targets, facts.model) + rank_faults(
-            params.r, limits, noun="independent directions"
-        )
+        faults: list[Fault] = []
+        if params.targets.strip() != NONE:
+            faults += target_faults(params.targets, facts.model)
+        elif not params.head:
+            faults.append(
+                Fault(
+                    where="targets", what="Nothing would learn.", why="No layer is chosen, and the output layer is off.",
+                    way_out=f"Write {ALL}, or switch the output layer on.", code="nothing_learns",
+                )
+            )  # fmt: skip
+        limits = [(name, min(shape)) for name, shape in _layers(params, facts).items()]
+        faults += rank_faults(params.r, limits, noun="independent directions")
         return faults + (head_faults(facts.model) if params.head else [])
 
     @classmethod

@@ -43,7 +43,8 @@ class ScaleLoRA(TrainMethod):
         traps=(
             "The published start makes all r components exact copies with equal gradients: they never separate, and whatever r is, one direction learns. "
             "Without noise that is what happens here too.",
-            "With noise the start is only nearly the same model; the start 'first' is exact and has no such trouble.",
+            "Small noise hardly helps: to first order the noisy product still has one direction, and the others are as small as the noise squared. It also makes "
+            "the start only nearly the same model. The start 'first' is exact and uses every direction after the first step.",
             "The forward pass of the released code calls a method that its class does not have; it cannot run as published.",
             "A kept weight may be scaled to zero: the mask is stored, not read off the zeros.",
             "A rate that suits LoRA moves every weight by that share of itself; the right rate depends on the model.",
