@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -374,9 +373,10 @@ def test_the_start_draws_are_seeded_per_layer(pruned: Path) -> None:
 
 def test_start_factors_are_what_they_say() -> None:
     plain = nn.Linear(10, 6)
-    draw: Callable[..., Any] = lambda kind, **more: start_factors(
-        plain, 3, kind, torch.Generator().manual_seed(1), **more
-    )
+
+    def draw(kind: Any) -> tuple[Tensor, Tensor]:
+        return start_factors(plain, 3, kind, torch.Generator().manual_seed(1))
+
     a, b = draw("add")
     assert not b.any() and 0 < float(a.abs().max()) <= 10**-0.5
     a, b = draw("scale")
