@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from engine.bench.workbench import Workbench
-from engine.io.facts import model_facts
 from engine.ops.folder import run_folder
 from engine.ops.transform import transform
 from engine.parts.pruning import prunable
