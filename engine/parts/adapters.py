@@ -46,6 +46,11 @@ def lora_config(
     return content
 
 
+def base_name(facts: ModelFacts) -> str | None:
+    """How an adapter file of ours names its base; None for a folder, whose place means nothing on another machine."""
+    return None if facts.source.startswith("folder:") else facts.source
+
+
 def fresh_tensors(model: nn.Module, fresh: tuple[str, ...]) -> dict[str, Tensor]:
     """Parameters and buffers of the fresh modules by their names in the model, in fp32."""
     return {
