@@ -126,7 +126,7 @@ def _guess_problems(
     names: Mapping[str, str], strings: Sequence[str], ask: str, sample: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     """Roles of a table of problems, or nothing. Plain questions and answers stay requests: those goals that check answers take them as well."""
-    hint = next((names[name] for name in _HINT if names.get(name) in strings and names[name] != ask), None)
+    hint = next((names[name] for name in _HINT if name in names and _is_scalar(names[name], sample)), None)
     final = next((names[name] for name in _FINAL if name in names and _is_scalar(names[name], sample)), None)
     plain = next((names[name] for name in ("answer", "target") if name in names and names[name] != ask), None)
     if final is None and plain is not None and _is_scalar(plain, sample):

@@ -78,7 +78,7 @@ class GRPO(TrainMethod):
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
-        return rollout_advice(recipe, facts)
+        return rollout_advice(recipe, facts, cls.card.slug)
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params

@@ -239,7 +239,7 @@ class GuideGRPO(TrainMethod):
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
-        return rollout_advice(recipe, facts)
+        return rollout_advice(recipe, facts, cls.card.slug)
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params

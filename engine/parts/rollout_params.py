@@ -11,6 +11,8 @@ from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.parts.rollouts import RolloutPlan
 
+USUAL_TOKENS = 256
+
 
 class RolloutParams(HyperParams):
     """Attempts, their length, clipping, and how rounds of answers are used."""
@@ -24,14 +26,15 @@ class RolloutParams(HyperParams):
         tier="basic",
         help="How often the model tries each problem. More attempts find rare successes and take more time.",
     )
-    max_new_tokens: int = dial(
-        256,
+    max_new_tokens: int | None = dial(
+        None,
         label="Longest answer",
         unit="tokens",
         low=1,
         high=32768,
         tier="basic",
         paper=3072,
+        suggested="256, or half of what the model can read.",
         help="An attempt is cut off at this many tokens and then checked as it stands.",
     )
     temperature: float = dial(
@@ -129,7 +132,7 @@ class RolloutParams(HyperParams):
         """The plan that the rollouts follow."""
         return RolloutPlan(
             k=self.k,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens or USUAL_TOKENS,
             temperature=self.temperature,
             lowest=self.lowest_accuracy,
             highest=self.highest_accuracy,
@@ -146,7 +149,7 @@ def rollout_faults(params: Any, facts: Facts) -> list[Fault]:
     """What cannot work, from numbers alone."""
     faults = []
     limit = facts.model.max_positions
-    if limit and params.max_new_tokens >= limit:
+    if limit and (params.max_new_tokens or 0) >= limit:
         faults.append(
             Fault(
                 where="max_new_tokens",
@@ -179,14 +182,23 @@ def rollout_faults(params: Any, facts: Facts) -> list[Fault]:
     return faults
 
 
-def rollout_advice(recipe: Recipe, facts: Facts) -> list[Suggestion]:
-    """A careful rate: reinforcement moves a model with noisy signals."""
-    size = facts.model.num_parameters
+def rollout_advice(recipe: Recipe, facts: Facts, slug: str) -> list[Suggestion]:
+    """A careful rate, because reinforcement moves a model with noisy signals, and a length that fits the model."""
+    size, limit = facts.model.num_parameters, facts.model.max_positions
+    longest = min(USUAL_TOKENS, max(1, limit // 2)) if limit else USUAL_TOKENS
+    place = next((index for index, ref in enumerate(recipe.methods) if ref.slug == slug), 0)
     rate = 1e-6 if size > 5e8 else 1e-5 if size > 5e7 else 1e-4
     return [
+        Suggestion(
+            where=f"methods[{place}].params.max_new_tokens",
+            value=longest,
+            reason=f"This model reads and writes at most {limit:,} tokens together; {longest:,} of them are for the answer."
+            if limit and longest < USUAL_TOKENS
+            else f"{longest:,} tokens are room for a worked answer of a few sentences.",
+        ),
         Suggestion(
             where="settings.learning_rate",
             value=rate,
             reason=f"Right and wrong is a coarse signal: a model of {size:,} parameters is moved carefully, by {rate:g}.",
-        )
+        ),
     ]

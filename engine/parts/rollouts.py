@@ -70,7 +70,7 @@ class Rollouts(DataPolicy):
         self._stock: list[list[int]] = []  # mini-batches still to be learned from, as places in the round
         self._surplus: list[Group] = []
         self._stream = [0, 0]  # pass over the questions, place in it
-        self._counts: dict[str, float] = {"answers": 0.0}
+        self._counts: dict[str, float] = {"answers": 0.0, "empty_rounds": 0.0}
         self._told: dict[str, float] = {}
         self._reference: Any = None
 
@@ -106,6 +106,11 @@ class Rollouts(DataPolicy):
             # Whole groups are shuffled, so that those that came last are not always learned last.
             order = torch.randperm(len(self._round), generator=self.shuffler).tolist()
             self._stock += [order[at : at + number] for at in range(0, len(order), number)]
+        if not self._round:
+            self.count("empty_rounds", 1)
+            if self._counts["empty_rounds"] == 1:
+                said = "No problem taught anything: at each one all attempts were right or all were wrong. Such steps change nothing."
+                run.log.emit("log", {"level": "warning", "message": said}, step=run.clock.step)
         self._stock = self._stock or [[]]
 
     def _more(self, run: Any, number: int) -> list[Example]:
