@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 from torch import Tensor
 
-from engine.core.errors import bad_input
-from engine.core.method import Card, Cost, Figure, TransformMethod
+from engine.core.errors import Fault, bad_input
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
-from engine.parts.merging import heads_dial, numbers_text, per_model, require_count, siblings
+from engine.parts.merging import (
+    count_fault,
+    fits_together,
+    heads_dial,
+    numbers_text,
+    per_model,
+    require_count,
+    siblings,
+)
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
@@ -69,6 +78,17 @@ class ModelSoup(TransformMethod):
         heads: Literal["refuse", "first"] = heads_dial("refuse", "first")
 
         _numbers = field_validator("weights")(numbers_text)
+
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """The models must have the same layers."""
+        verdict = super().supports(facts)
+        return fits_together(facts, cls.card.title) if verdict.ok else verdict
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> list[Fault]:
+        """As many numbers as models."""
+        return count_fault(params.weights, facts, "weights", base=False)
 
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write the average of all inputs."""

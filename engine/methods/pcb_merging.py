@@ -9,15 +9,18 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from engine.core.errors import bad_input
-from engine.core.method import Card, Cost, Figure, TransformMethod
+from engine.core.errors import EngineError, Fault
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
 from engine.parts.competition import Balance, balance
 from engine.parts.judge import Judge, evolve
 from engine.parts.merging import (
     PIECE,
     Family,
+    count_fault,
     descendants,
+    fits_together,
     heads_dial,
     numbers_text,
     per_model,
@@ -26,6 +29,21 @@ from engine.parts.merging import (
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
+
+_NO_DATA = Fault(
+    where="search",
+    what="The search has no rows to score with.",
+    why="It compares strengths by how well the merged model does on examples.",
+    way_out="Choose data that are not your final test data, or switch the search off.",
+    code="no_data",
+)
+_EMPTY_RANGE = Fault(
+    where="search_low",
+    what="The search would begin above its end.",
+    why="There is nothing to try between the two.",
+    way_out="Choose a smallest strength below the largest.",
+    code="empty_range",
+)
 
 
 class PCBMerging(TransformMethod):
@@ -65,9 +83,18 @@ class PCBMerging(TransformMethod):
             "On tiny networks without spare room it does not beat a tuned task arithmetic.",
         ),
         figures=(
-            Figure(claim="Eight image tasks, CLIP ViT-B/32, average", paper="76.3 (unconfirmed); re-measured elsewhere: 75.8, task arithmetic 70.1, TIES 73.6"),
-            Figure(claim="Eight image tasks, CLIP ViT-L/14, average", paper="87.5 (unconfirmed); re-measured elsewhere: 86.9, task arithmetic 84.5, TIES 86.0"),
-            Figure(claim="T5-large, share kept from 0.05 to about 0.6", paper="82.1 falling to 77.0, TIES 80.3 to 75.8 (unconfirmed)"),
+            Figure(
+                claim="Eight image tasks, CLIP ViT-B/32, average",
+                paper="76.3 (unconfirmed); re-measured elsewhere: 75.8, task arithmetic 70.1, TIES 73.6",
+            ),
+            Figure(
+                claim="Eight image tasks, CLIP ViT-L/14, average",
+                paper="87.5 (unconfirmed); re-measured elsewhere: 86.9, task arithmetic 84.5, TIES 86.0",
+            ),
+            Figure(
+                claim="T5-large, share kept from 0.05 to about 0.6",
+                paper="82.1 falling to 77.0, TIES 80.3 to 75.8 (unconfirmed)",
+            ),
             Figure(claim="What the search for lambda adds", paper="1 to 2 points (unconfirmed)"),
         ),
         cost=Cost(time=2, memory=1, size=5),
@@ -135,7 +162,13 @@ class PCBMerging(TransformMethod):
             help="How many combinations of strengths the search may try.",
         )
         search_low: float = dial(
-            0.8, label="Search from", unit="1", low=-3.0, high=3.0, paper=0.8, help="The smallest strength that is tried."
+            0.8,
+            label="Search from",
+            unit="1",
+            low=-3.0,
+            high=3.0,
+            paper=0.8,
+            help="The smallest strength that is tried.",
         )
         search_high: float = dial(
             1.3, label="Search to", unit="1", low=-3.0, high=3.0, paper=1.3, help="The largest strength that is tried."
@@ -144,7 +177,12 @@ class PCBMerging(TransformMethod):
             64, label="Rows for the search", unit="rows", low=4, high=4096, help="How many rows every try is scored on."
         )
         row_length: int = dial(
-            128, label="Length of these rows", unit="tokens", low=8, high=8192, help="Longer rows are cut at this many tokens."
+            128,
+            label="Length of these rows",
+            unit="tokens",
+            low=8,
+            high=8192,
+            help="Longer rows are cut at this many tokens.",
         )
         search_seed: int = dial(
             17, label="Seed of the search", unit="1", low=0, high=2**31 - 1, help="Another seed tries other strengths."
@@ -153,9 +191,30 @@ class PCBMerging(TransformMethod):
 
         _numbers = field_validator("scales")(numbers_text)
 
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """The models must have the same layers."""
+        verdict = super().supports(facts)
+        return fits_together(facts, cls.card.title) if verdict.ok else verdict
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> list[Fault]:
+        """As many strengths as models; a search needs data and a range."""
+        faults = count_fault(params.scales, facts, "scales", base=True)
+        if params.search and facts.data.num_rows == 0:
+            faults.append(_NO_DATA)
+        if params.search and params.search_low >= params.search_high:
+            faults.append(_EMPTY_RANGE)
+        return faults
+
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write base + fused changes. inputs[0] is the base."""
-        require_count(inputs, *self.num_models, self.card.title, "the model is the base, the further models are fine-tuned from it")
+        require_count(
+            inputs,
+            *self.num_models,
+            self.card.title,
+            "the model is the base, the further models are fine-tuned from it",
+        )
         family = descendants(inputs, ctx, heads=self.params.heads)
         scales = per_model(self.params.scales, family.models, "params.scales", self.params.scale)
         whole = self._balance(family, None) if self.params.scope == "model" else None
@@ -193,21 +252,9 @@ class PCBMerging(TransformMethod):
     def _search(self, family: Family, whole: Balance | None, start: Tensor, ctx: TransformContext) -> Tensor:
         p = self.params
         if p.search_low >= p.search_high:
-            raise bad_input(
-                "params.search_low",
-                f"The search goes from {p.search_low:g} to {p.search_high:g}.",
-                "There is nothing between them.",
-                "Choose a start below the end.",
-                "empty_range",
-            )
-        if getattr(ctx, "task", None) is None:
-            raise bad_input(
-                "data",
-                "The search has no rows to score with.",
-                "It compares strengths by how well the merged model does on examples.",
-                "Choose data that are not your final test data, or switch the search off.",
-                "no_data",
-            )
+            raise EngineError(_EMPTY_RANGE)
+        if ctx.recipe is None or ctx.recipe.data is None:
+            raise EngineError(_NO_DATA)
         judge = Judge(ctx, family.template_index, num=p.rows, length=p.row_length)
         base = family.base
         assert base is not None
@@ -226,7 +273,11 @@ class PCBMerging(TransformMethod):
         best, least, path = evolve(
             score, start.tolist(), low=p.search_low, high=p.search_high, budget=p.budget, seed=p.search_seed
         )
-        report: dict[str, Any] = {"loss_at_start": round(path[0], 6), "loss_at_end": round(least, 6), "tries": len(path)}
+        report: dict[str, Any] = {
+            "loss_at_start": round(path[0], 6),
+            "loss_at_end": round(least, 6),
+            "tries": len(path),
+        }
         ctx.report["search"] = report
         ctx.note(
             f"The search over {len(path)} combinations of strengths lowered the loss on the given rows from {path[0]:.4f} to {least:.4f}."

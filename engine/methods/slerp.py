@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from engine.core.method import Card, Cost, TransformMethod
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
-from engine.parts.merging import PIECE, heads_dial, require_count, siblings
+from engine.parts.merging import PIECE, fits_together, heads_dial, require_count, siblings
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
@@ -66,12 +67,18 @@ class Slerp(TransformMethod):
         )
         heads: Literal["refuse", "first"] = heads_dial("refuse", "first")
 
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """The models must have the same layers."""
+        verdict = super().supports(facts)
+        return fits_together(facts, cls.card.title) if verdict.ok else verdict
+
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write the blend of two models."""
         require_count(inputs, *self.num_models, self.card.title, "the model is share 0, the further model share 1")
         family = siblings(inputs, ctx, heads=self.params.heads)
         t = self.params.t
-        straight: list[str] = []
+        straight: set[str] = set()
 
         def pair(name: str) -> tuple[Tensor, Tensor]:
             return family.read(inputs[0], name).reshape(-1), family.read(inputs[1], name).reshape(-1)
@@ -83,25 +90,23 @@ class Slerp(TransformMethod):
 
         def blend(name: str) -> Tensor:
             first, second = pair(name)
-            shares = arc_shares(whole if self.params.angle == "model" else _products(first, second), t)
-            if shares == (1 - t, t):
-                straight.append(name)
+            shares, along_arc = arc_shares(whole if self.params.angle == "model" else _products(first, second), t)
+            if not along_arc:
+                straight.add(name)
             return first * shares[0] + second * shares[1]
 
         family.write(out, ctx, blend)
-        ctx.report.update(blended_straight=len(set(straight)), blended_along_the_arc=len(family.names) - len(set(straight)))
+        ctx.report.update(blended_straight=len(straight), blended_along_the_arc=len(family.names) - len(straight))
 
 
-def arc_shares(products: Tensor, t: float) -> tuple[float, float]:
-    """The factors of the two vectors from (v0.v1, v0.v0, v1.v1); straight when they are parallel or one is zero."""
+def arc_shares(products: Tensor, t: float) -> tuple[tuple[float, float], bool]:
+    """The factors of the two vectors from (v0.v1, v0.v0, v1.v1), and whether they lie on an arc: not if parallel, or one is zero."""
     dot, first, second = products.tolist()
-    if first == 0 or second == 0:
-        return 1 - t, t
-    cosine = max(-1.0, min(1.0, dot / math.sqrt(first * second)))
+    cosine = dot / math.sqrt(first * second) if first and second else 1.0
     if abs(cosine) > _PARALLEL:
-        return 1 - t, t
+        return (1 - t, t), False
     angle = math.acos(cosine)
-    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)), True
 
 
 def _products(first: Tensor, second: Tensor) -> Tensor:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator
 from torch import Tensor
 
-from engine.core.method import Card, Cost, Figure, TransformMethod
+from engine.core.errors import Fault
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
-from engine.parts.merging import descendants, heads_dial, kept_mask, numbers_text, per_model, require_count
+from engine.parts.merging import (
+    count_fault,
+    descendants,
+    fits_together,
+    heads_dial,
+    kept_mask,
+    numbers_text,
+    per_model,
+    require_count,
+)
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
@@ -43,7 +54,12 @@ class TaskArithmetic(TransformMethod):
             "The scale decides everything: at 1 the changes of many models add up too far. Choose it on held-out examples.",
             "The base must be exactly the model that every fine-tuning started from.",
         ),
-        figures=(Figure(claim="Eight image tasks, CLIP ViT-B/32, average accuracy", paper="70.1 (as re-measured in a later paper)"),),
+        figures=(
+            Figure(
+                claim="Eight image tasks, CLIP ViT-B/32, average accuracy",
+                paper="70.1 (as re-measured in a later paper)",
+            ),
+        ),
         cost=Cost(time=1, memory=1, size=5),
     )
 
@@ -79,9 +95,25 @@ class TaskArithmetic(TransformMethod):
 
         _numbers = field_validator("weights")(numbers_text)
 
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """The models must have the same layers."""
+        verdict = super().supports(facts)
+        return fits_together(facts, cls.card.title) if verdict.ok else verdict
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> list[Fault]:
+        """As many numbers as models."""
+        return count_fault(params.weights, facts, "weights", base=True)
+
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write base + scaled sum of the changes. inputs[0] is the base."""
-        require_count(inputs, *self.num_models, self.card.title, "the model is the base, the further models are fine-tuned from it")
+        require_count(
+            inputs,
+            *self.num_models,
+            self.card.title,
+            "the model is the base, the further models are fine-tuned from it",
+        )
         family = descendants(inputs, ctx, heads=self.params.heads)
         weights = per_model(self.params.weights, family.models, "params.weights", 1.0) * self.params.scale
         drop, seed = self.params.drop, self.params.drop_seed

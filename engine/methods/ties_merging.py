@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from engine.core.method import Card, Cost, Figure, TransformMethod
+from engine.core.errors import Fault
+from engine.core.facts import Facts
+from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
 from engine.parts.merging import (
     PIECE,
     Family,
+    count_fault,
     descendants,
+    fits_together,
     heads_dial,
     kept_mask,
     numbers_text,
@@ -58,8 +62,14 @@ class TiesMerging(TransformMethod):
             "The scale has to be chosen on held-out examples; 1 is the paper's value without any.",
         ),
         figures=(
-            Figure(claim="Eight image tasks, CLIP ViT-B/32, average accuracy", paper="73.6 (as re-measured in a later paper)"),
-            Figure(claim="Eight image tasks, CLIP ViT-L/14, average accuracy", paper="86.0 (as re-measured in a later paper)"),
+            Figure(
+                claim="Eight image tasks, CLIP ViT-B/32, average accuracy",
+                paper="73.6 (as re-measured in a later paper)",
+            ),
+            Figure(
+                claim="Eight image tasks, CLIP ViT-L/14, average accuracy",
+                paper="86.0 (as re-measured in a later paper)",
+            ),
         ),
         cost=Cost(time=2, memory=1, size=5),
     )
@@ -112,9 +122,25 @@ class TiesMerging(TransformMethod):
 
         _numbers = field_validator("weights")(numbers_text)
 
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """The models must have the same layers."""
+        verdict = super().supports(facts)
+        return fits_together(facts, cls.card.title) if verdict.ok else verdict
+
+    @classmethod
+    def check(cls, params: Any, facts: Facts) -> list[Fault]:
+        """As many numbers as models."""
+        return count_fault(params.weights, facts, "weights", base=True)
+
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write base + scaled mean of the changes that agree. inputs[0] is the base."""
-        require_count(inputs, *self.num_models, self.card.title, "the model is the base, the further models are fine-tuned from it")
+        require_count(
+            inputs,
+            *self.num_models,
+            self.card.title,
+            "the model is the base, the further models are fine-tuned from it",
+        )
         p = self.params
         family = descendants(inputs, ctx, heads=p.heads)
         weights = per_model(p.weights, family.models, "params.weights", 1.0)

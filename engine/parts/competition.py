@@ -29,7 +29,9 @@ class Balance:
     high: Tensor
     floor: Tensor  # [n, 1] the score that is just not kept
     top: Tensor  # [n, 1] the largest score
-    pair_low: Tensor  # [n, n] smallest and largest tau_i * tau_j, and the sum of exp(their min-max), for the paper's form
+    pair_low: (
+        Tensor  # [n, n] smallest and largest tau_i * tau_j, and the sum of exp(their min-max), for the paper's form
+    )
     pair_high: Tensor
     pair_sum: Tensor
 
@@ -57,7 +59,9 @@ class Balance:
         num_models = vectors.shape[0]
         size = vectors.abs().clamp(self.low, self.high)
         unit = (size - self.low) / (self.high - self.low).clamp(min=1e-38)  # min-max, [0, 1]
-        intra = torch.exp(num_models * (unit.square() - 1))  # exp(n unit^2) up to a factor, so that many models do not overflow
+        intra = torch.exp(
+            num_models * (unit.square() - 1)
+        )  # exp(n unit^2) up to a factor, so that many models do not overflow
         return intra * torch.tanh(vectors * vectors.sum(0))
 
     def _paper(self, vectors: Tensor) -> Tensor:

@@ -6,14 +6,18 @@ Everything works tensor by tensor in fp32 (fp64 stays fp64). A task vector is a 
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from engine.core.errors import bad_input
+from engine.core.errors import Fault, bad_input
+from engine.core.facts import Facts
+from engine.core.method import Verdict
 from engine.core.params import dial
 from engine.io.tensors import tensor_hash
 from engine.train.parts import seeded
@@ -25,6 +29,8 @@ Heads = Literal["refuse", "base", "first"]
 PIECE = 1 << 22  # numbers of one model that are worked on at a time
 _LAYER = re.compile(r"(^|\.)\d+\.")  # "layers.3." : a part of the body, never a head
 _BINS = 1 << 16
+_SETTINGS = {".json", ".txt", ".model", ".jinja"}  # configuration, tokenizer, vocabulary, chat template
+_NOT_SETTINGS = {"model.safetensors.index.json", "transform.json", "adapter_config.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,8 @@ class Family:
 
     def write(self, out: OutFolder, ctx: TransformContext, merge: Callable[[str], Tensor]) -> None:
         """Write the result tensor by tensor; `merge(name)` gives the new values of a merged tensor in any float type and any shape."""
-        ctx.like = self.template_index
+        if self.template_index:
+            copy_settings(self.template.folder, out.folder)
         with out.weights(self.layout) as writer:
             for done, name in enumerate(writer.order):
                 dtype, shape = self.layout[name]
@@ -138,7 +145,9 @@ def heads_dial(*choices: str) -> Any:
     meaning = {
         "refuse": "'refuse' stops and says which they are",
         "base": "'base' keeps those of the base",
-        "first": "'first' keeps those of the first fine-tuned model" if "base" in choices else "'first' keeps those of the first model",
+        "first": "'first' keeps those of the first fine-tuned model"
+        if "base" in choices
+        else "'first' keeps those of the first model",
     }
     return dial(
         "refuse",
@@ -208,9 +217,7 @@ def _family(
     twins = _twins(inputs, alias, names, layout)
     if odd:
         ctx.report["not_merged"] = sorted({name for name, _, _ in odd})
-        ctx.note(
-            f"Not merged, since the models differ in them: {', '.join(sorted({name for name, _, _ in odd})[:6])}."
-        )
+        ctx.note(f"Not merged, since the models differ in them: {', '.join(sorted({name for name, _, _ in odd})[:6])}.")
     tuned = inputs[1:] if base is not None else inputs
     return Family(
         base=base,
@@ -303,6 +310,44 @@ def _twins(
             if first != name:
                 twins[name] = first
     return twins
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Take configuration and tokenizer along from another input than the first."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _SETTINGS and file.name not in _NOT_SETTINGS:
+            shutil.copyfile(file, target / file.name)
+
+
+def fits_together(facts: Facts, title: str) -> Verdict:
+    """What names and shapes alone tell about the models of a merge: within the layers they must be the same."""
+    for place, other in enumerate(facts.models, 1):
+        for name, shape in facts.model.tensors.items():
+            theirs = other.tensors.get(name)
+            if _LAYER.search(name) and theirs != shape:
+                text = "is missing" if theirs is None else f"has the shape {list(theirs)} instead of {list(shape)}"
+                return Verdict(
+                    False,
+                    f"{title} adds up numbers at equal places, and in model {place + 1} {name} {text}.",
+                    "Choose models that were fine-tuned from one and the same base.",
+                )
+    return Verdict(True)
+
+
+def count_fault(text: str, facts: Facts, where: str, *, base: bool) -> list[Fault]:
+    """A list of numbers that does not have one for each model; no fault while the models are not known."""
+    given, wanted = len(numbers(text)), len(facts.models) + (0 if base else 1)
+    if not facts.models or given in (0, wanted):
+        return []
+    return [
+        Fault(
+            where=where,
+            what=f"There are {given} numbers for {wanted} {'fine-tuned models' if base else 'models'}.",
+            why="Each of these models needs one.",
+            way_out="Write as many numbers as models, or leave it empty.",
+            code="wrong_number",
+        )
+    ]
 
 
 # ── exact order statistics of what does not fit into memory ───────────────────────────────────────────────────────────
