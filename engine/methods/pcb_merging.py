@@ -274,8 +274,8 @@ class PCBMerging(TransformMethod):
             score, start.tolist(), low=p.search_low, high=p.search_high, budget=p.budget, seed=p.search_seed
         )
         report: dict[str, Any] = {
-            "loss_at_start": round(path[0], 6),
-            "loss_at_end": round(least, 6),
+            "loss_at_start": float(f"{path[0]:.6g}"),
+            "loss_at_end": float(f"{least:.6g}"),
             "tries": len(path),
         }
         ctx.report["search"] = report

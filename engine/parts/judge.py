@@ -89,35 +89,34 @@ class Judge:
     @torch.no_grad()
     def mean_inputs(self) -> dict[str, Tensor]:
         """Mean input of every linear layer by the name of its weight in the file: [in]."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        of = {id(place): name for name, place in self._places.items()}
+        sums: dict[int, Tensor] = {}
+        counts: dict[int, int] = {}
         handles = []
 
-        def watch(name: str) -> Callable[..., None]:
+        def watch(key: int) -> Callable[..., None]:
             def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
                 x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).double()
-                sums[name] = sums.get(name, 0) + x.sum(0)
-                counts[name] = counts.get(name, 0) + x.shape[0]
+                sums[key] = sums.get(key, 0) + x.sum(0)
+                counts[key] = counts.get(key, 0) + x.shape[0]
 
             return hook
 
         for module in self.model.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Linear) and id(weight) in of:
-                handles.append(module.register_forward_pre_hook(watch(of[id(weight)])))
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(watch(id(module.weight))))
         try:
             for batch in self.batches:
                 self.task.forward_logits(self.model, batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: (total / counts[name]).float() for name, total in sums.items()}
+        means = {key: (total / counts[key]).float().cpu() for key, total in sums.items()}
+        return {name: means[id(place)] for name, place in self._places.items() if id(place) in means}
 
 
 def places_of(model: nn.Module) -> dict[str, Tensor]:
     """Where the weights of a file go in a loaded model, with and without the prefix of its body."""
-    places: dict[str, Tensor] = {name: parameter.data for name, parameter in model.named_parameters()}
+    places: dict[str, Tensor] = dict(model.named_parameters())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, value in list(places.items()):
         places.setdefault(name.removeprefix(prefix), value)

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Heads = Literal["refuse", "base", "first"]
 PIECE = 1 << 22  # numbers of one model that are worked on at a time
 _LAYER = re.compile(r"(^|\.)\d+\.")  # "layers.3." : a part of the body, never a head
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|classifier|score|cls|qa_outputs|pre_classifier|pooler|heads?|output_layer)\."
+)
+_EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared)\.")
 _BINS = 1 << 16
 _SETTINGS = {".json", ".txt", ".model", ".jinja"}  # configuration, tokenizer, vocabulary, chat template
 _NOT_SETTINGS = {"model.safetensors.index.json", "transform.json", "adapter_config.json"}
@@ -397,6 +401,24 @@ def _values(keys: Tensor) -> Tensor:
 def top_rank(size: int, share: float) -> int:
     """The rank above which exactly round(share * size) values lie; at least 1, so that with share 1 only the smallest is left out."""
     return max(1, size - round(share * size))
+
+
+# ── what kind of weight it is ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def part_of(name: str, shape: Sequence[int]) -> Literal["matrix", "embedding", "vector", "head"]:
+    """The place of a weight in a model, from its name and shape: norms and biases are vectors, output layers heads."""
+    if not _LAYER.search(name) and _HEAD.search(name):
+        return "head"
+    if _EMBEDDING.search(name):
+        return "embedding"
+    return "vector" if len(shape) < 2 else "matrix"
+
+
+def layer_of(name: str) -> str:
+    """The layer that a weight belongs to, "model.layers.3"; what stands outside of the layers is one group, ""."""
+    found = _LAYER.search(name)
+    return name[: found.end() - 1] if found else ""
 
 
 # ── random dropping ───────────────────────────────────────────────────────────────────────────────────────────────────
