@@ -1,0 +1,133 @@
+"""Self-tuning on handwritten digits: a small network, few images with wrong labels among them, and the real parts of the method around it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from engine.core.recipe import parse_recipe
+from engine.methods.cross_entropy import LikelyAnswer
+from engine.parts.best_response import HyperLinear, Knob, Knobs
+from engine.parts.ranges import Range
+from engine.parts.self_tuning import DROPOUT, BestResponse, SelfTuning, SetAside
+from engine.tasks.base import Encoded, Example, Task
+from engine.tasks.batching import sliced
+from engine.train.clock import Clock
+from engine.train.parts import PartContext, seeded
+from engine.train.trainables import collect
+
+LAYERS = ("0", "2", "4")
+NUM_TRAIN, SHARE, WRONG = 375, 0.2, 0.2  # 300 images teach, 75 set the dropout; a fifth of the labels is wrong
+
+
+class Digits(Task):
+    """Images as rows of 64 pixels."""
+
+    name = "classify"
+
+    def batches(self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Any) -> list[list[int]]:
+        return sliced(order, batch_size)
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Any) -> dict[str, Tensor]:
+        count = torch.tensor(len(examples))
+        pixels = torch.tensor([example.input_ids for example in examples], dtype=torch.float32) / 16
+        labels = torch.tensor([example.labels[0] for example in examples])
+        return {"pixels": pixels, "labels": labels, "num_tokens": count, "num_samples": count}
+
+    def forward_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return model(batch["pixels"]), batch["labels"]
+
+
+@dataclass
+class Result:
+    """What a run led to."""
+
+    rates: list[float]  # of dropout, one a step
+    test_loss: float
+    test_accuracy: float
+    passes: int
+    schedule: Any
+
+
+def network(seed: int) -> nn.Sequential:
+    """64-128-128-10."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+
+
+def data(seed: int) -> tuple[Encoded, Tensor, Tensor]:
+    """Training examples with wrong labels among them, and clean test images with labels."""
+    images, labels = load_digits(return_X_y=True)
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(labels))
+    train, test = order[:NUM_TRAIN], order[NUM_TRAIN:]
+    noisy = labels.copy()
+    wrong = train[random.random(NUM_TRAIN) < WRONG]
+    noisy[wrong] = random.integers(0, 10, len(wrong))
+    examples = [Example(images[i].astype(int).tolist(), [int(noisy[i])], int(i)) for i in train]
+    return (
+        Encoded(train=examples, holdout=[], holdout_rows=[]),
+        torch.tensor(images[test], dtype=torch.float32) / 16,
+        torch.tensor(labels[test]),
+    )
+
+
+def context(seed: int) -> PartContext:
+    recipe = parse_recipe(
+        {"task": "classify", "model": {"source": "folder:/none"}, "data": {"source": "file:/none"}, "settings": {"seed": seed, "batch_size": 50, "learning_rate": 1.0}}
+    )
+    return PartContext(recipe=recipe, facts=None, task=Digits(), slug="stn", index=0)  # type: ignore[arg-type]
+
+
+def tuned(seed: int, *, start: float, steps: int, tune: bool = True, weight_rate: float = 1e-2, wrap: Sequence[str] = LAYERS, **changes: Any) -> Result:
+    """One run; with `tune` off the dropout stays where it starts, which is the plain run."""
+    encoded, images, labels = data(seed)
+    ctx, model = context(seed), network(seed)
+    knobs = Knobs([Knob(DROPOUT, Range(0.0, 0.9), start)], 0.5)
+    layers = BestResponse(ctx, list(wrap), knobs, head=False, pull_to_start=False, copy="random")
+    aside = SetAside(SHARE, seed)
+    settings: dict[str, Any] = {"train_steps": 2, "val_steps": 1, "warmup": 5.0, "rate": 2e-2, "scale_rate": 2e-2, "entropy": 1e-3,
+                                "tune_scales": True, "tune": tune, "random_words": False, **changes}  # fmt: skip
+    step = SelfTuning(ctx, layers, aside, **settings)
+    aside.survey(encoded)
+    layers.attach(model)
+    generator = seeded(seed, "response")
+    for layer in layers.wrapped.values():  # as in the paper, for a network that starts from nothing
+        with torch.no_grad():
+            layer.response.copy_(torch.randn(layer.response.shape, generator=generator) * 0.01)
+    trainables = collect(model, [layers], ())
+    per_epoch = len(sliced(aside.rows(range(NUM_TRAIN), 0), 50))
+    clock = Clock(total_steps=steps, steps_per_epoch=per_epoch, num_samples=NUM_TRAIN)
+    run: Any = SimpleNamespace(
+        model=model, trainables=trainables, objective=LikelyAnswer(ctx.task, 0.0), terms=[], rules=[], tokenizer=None, encoded=encoded, clock=clock,
+        optimizer=torch.optim.SGD(list(trainables), lr=weight_rate, momentum=0.9), schedule=SimpleNamespace(factor=lambda clock: 1.0),
+        settings=ctx.recipe.settings.model_copy(update={"learning_rate": weight_rate}), recipe=ctx.recipe, task=ctx.task, device=torch.device("cpu"),
+        rng=torch.Generator(), autocast=contextlib.nullcontext, slots=SimpleNamespace(policies=[aside]),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model.train()
+    rates: list[float] = []
+    batches: list[list[int]] = []
+    epoch = 0
+    while clock.step < steps:
+        if not batches:
+            order = torch.randperm(NUM_TRAIN, generator=seeded(seed, "order", str(epoch))).tolist()
+            batches, epoch = sliced(aside.rows(order, epoch), 50), epoch + 1
+        report = step.update(run, [ctx.task.collate([encoded.train[i] for i in batches.pop(0)], None, ctx.recipe)])
+        clock.step, clock.samples, clock.tokens = report.step, report.samples, report.tokens
+        rates.append(float(report.extra[DROPOUT]))
+    model.eval()
+    with torch.no_grad():
+        logits = model(images)
+    assert all(isinstance(layer, HyperLinear) for layer in layers.wrapped.values())
+    loss = float(nn.functional.cross_entropy(logits, labels))
+    return Result(rates, loss, float((logits.argmax(1) == labels).float().mean()), step.passes, layers.schedule)
