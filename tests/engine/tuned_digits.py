@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from engine.core.recipe import parse_recipe
 from engine.methods.cross_entropy import LikelyAnswer
-from engine.parts.best_response import HyperLinear, Knob, Knobs
+from engine.parts.best_response import Knob, Knobs
 from engine.parts.ranges import Range
-from engine.parts.self_tuning import DROPOUT, BestResponse, SelfTuning, SetAside
+from engine.parts.self_tuning import DROPOUT, BestResponse, SelfTuning, SetAside, Trajectory
 from engine.tasks.base import Encoded, Example, Task
 from engine.tasks.batching import sliced
 from engine.train.clock import Clock
@@ -25,7 +25,12 @@ from engine.train.parts import PartContext, seeded
 from engine.train.trainables import collect
 
 LAYERS = ("0", "2", "4")
-NUM_TRAIN, SHARE, WRONG = 375, 0.2, 0.2  # 300 images teach, 75 set the dropout; a fifth of the labels is wrong
+NUM_TRAIN, SHARE, WRONG, BATCH = (
+    375,
+    0.2,
+    0.2,
+    50,
+)  # 300 images teach, 75 set the dropout; a fifth of the labels is wrong
 
 
 class Digits(Task):
@@ -33,7 +38,9 @@ class Digits(Task):
 
     name = "classify"
 
-    def batches(self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Any) -> list[list[int]]:
+    def batches(
+        self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Any
+    ) -> list[list[int]]:
         return sliced(order, batch_size)
 
     def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Any) -> dict[str, Tensor]:
@@ -83,51 +90,88 @@ def data(seed: int) -> tuple[Encoded, Tensor, Tensor]:
 
 def context(seed: int) -> PartContext:
     recipe = parse_recipe(
-        {"task": "classify", "model": {"source": "folder:/none"}, "data": {"source": "file:/none"}, "settings": {"seed": seed, "batch_size": 50, "learning_rate": 1.0}}
+        {
+            "task": "classify",
+            "model": {"source": "folder:/none"},
+            "data": {"source": "file:/none"},
+            "settings": {"seed": seed, "batch_size": BATCH, "learning_rate": 1.0},
+        }
     )
     return PartContext(recipe=recipe, facts=None, task=Digits(), slug="stn", index=0)  # type: ignore[arg-type]
 
 
-def tuned(seed: int, *, start: float, steps: int, tune: bool = True, weight_rate: float = 1e-2, wrap: Sequence[str] = LAYERS, **changes: Any) -> Result:
-    """One run; with `tune` off the dropout stays where it starts, which is the plain run."""
-    encoded, images, labels = data(seed)
-    ctx, model = context(seed), network(seed)
-    knobs = Knobs([Knob(DROPOUT, Range(0.0, 0.9), start)], 0.5)
-    layers = BestResponse(ctx, list(wrap), knobs, head=False, pull_to_start=False, copy="random")
-    aside = SetAside(SHARE, seed)
-    settings: dict[str, Any] = {"train_steps": 2, "val_steps": 1, "warmup": 5.0, "rate": 2e-2, "scale_rate": 2e-2, "entropy": 1e-3,
-                                "tune_scales": True, "tune": tune, "random_words": False, **changes}  # fmt: skip
-    step = SelfTuning(ctx, layers, aside, **settings)
-    aside.survey(encoded)
-    layers.attach(model)
-    generator = seeded(seed, "response")
-    for layer in layers.wrapped.values():  # as in the paper, for a network that starts from nothing
+class Bench:
+    """The parts of the method on a small network, and what a run would give them."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        start: float,
+        steps: int = 100,
+        tune: bool = True,
+        weight_rate: float = 1e-2,
+        double: bool = False,
+        **changes: Any,
+    ) -> None:
+        self.seed = seed
+        self.encoded, self.images, self.labels = data(seed)
+        self.ctx, self.model = context(seed), network(seed)
+        self.knobs = Knobs([Knob(DROPOUT, Range(0.0, 0.9), start)], 0.5)
+        self.layers = BestResponse(self.ctx, list(LAYERS), self.knobs, head=False, pull_to_start=False, copy="random")
+        self.aside = SetAside(SHARE, seed)
+        if double:
+            self.model.double()
+            self.knobs.raw = self.knobs.raw.detach().double().requires_grad_()
+            self.knobs.scale = self.knobs.scale.detach().double().requires_grad_()
+        settings: dict[str, Any] = {"train_steps": 2, "val_steps": 1, "warmup": 100.0, "rate": 1e-2, "scale_rate": 1e-2, "entropy": 1e-3,
+                                    "tune_scales": True, "tune": tune, "random_words": False, **changes}  # fmt: skip
+        self.step = SelfTuning(self.ctx, self.layers, self.aside, **settings)
+        self.aside.survey(self.encoded)
+        self.layers.attach(self.model)
+        generator = seeded(seed, "response")
+        for layer in self.layers.wrapped.values():  # as in the paper, for a network that starts from nothing
+            if double:
+                layer.double()
+            with torch.no_grad():
+                layer.response.copy_(torch.randn(layer.response.shape, generator=generator) * 0.01)
+        trainables = collect(self.model, [self.layers], ()) if not double else self.layers.wrapped["0"].own().values()
+        per_epoch = len(sliced(self.aside.rows(range(NUM_TRAIN), 0), BATCH))
+        self.clock = Clock(total_steps=steps, steps_per_epoch=per_epoch, num_samples=NUM_TRAIN)
+        self.run: Any = SimpleNamespace(
+            model=self.model, trainables=trainables, objective=LikelyAnswer(self.ctx.task, 0.0), terms=[], rules=[], tokenizer=None,
+            encoded=self.encoded, clock=self.clock, optimizer=torch.optim.SGD(list(trainables), lr=weight_rate, momentum=0.9),
+            schedule=SimpleNamespace(factor=lambda clock: 1.0), settings=self.ctx.recipe.settings.model_copy(update={"learning_rate": weight_rate}),
+            recipe=self.ctx.recipe, task=self.ctx.task, device=torch.device("cpu"), rng=torch.Generator(), autocast=contextlib.nullcontext,
+            slots=SimpleNamespace(policies=[self.aside]),
+        )  # fmt: skip
+
+    def train(self, schedule: Trajectory | None = None) -> Result:
+        """Run to the end; with a schedule the dropout follows it."""
+        torch.manual_seed(self.seed)
+        self.model.train()
+        rates: list[float] = []
+        batches: list[list[int]] = []
+        epoch = 0
+        while self.clock.step < self.clock.total_steps:
+            if not batches:
+                order = torch.randperm(NUM_TRAIN, generator=seeded(self.seed, "order", str(epoch))).tolist()
+                batches, epoch = sliced(self.aside.rows(order, epoch), BATCH), epoch + 1
+            if schedule is not None:
+                with torch.no_grad():
+                    self.knobs.raw.fill_(self.knobs.knobs[0].range.raw(schedule.at(self.clock.step)[0]))
+            examples = [self.encoded.train[index] for index in batches.pop(0)]
+            report = self.step.update(self.run, [self.ctx.task.collate(examples, None, self.ctx.recipe)])
+            self.clock.step, self.clock.samples, self.clock.tokens = report.step, report.samples, report.tokens
+            rates.append(float(report.extra[DROPOUT]))
+        self.model.eval()
         with torch.no_grad():
-            layer.response.copy_(torch.randn(layer.response.shape, generator=generator) * 0.01)
-    trainables = collect(model, [layers], ())
-    per_epoch = len(sliced(aside.rows(range(NUM_TRAIN), 0), 50))
-    clock = Clock(total_steps=steps, steps_per_epoch=per_epoch, num_samples=NUM_TRAIN)
-    run: Any = SimpleNamespace(
-        model=model, trainables=trainables, objective=LikelyAnswer(ctx.task, 0.0), terms=[], rules=[], tokenizer=None, encoded=encoded, clock=clock,
-        optimizer=torch.optim.SGD(list(trainables), lr=weight_rate, momentum=0.9), schedule=SimpleNamespace(factor=lambda clock: 1.0),
-        settings=ctx.recipe.settings.model_copy(update={"learning_rate": weight_rate}), recipe=ctx.recipe, task=ctx.task, device=torch.device("cpu"),
-        rng=torch.Generator(), autocast=contextlib.nullcontext, slots=SimpleNamespace(policies=[aside]),
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    model.train()
-    rates: list[float] = []
-    batches: list[list[int]] = []
-    epoch = 0
-    while clock.step < steps:
-        if not batches:
-            order = torch.randperm(NUM_TRAIN, generator=seeded(seed, "order", str(epoch))).tolist()
-            batches, epoch = sliced(aside.rows(order, epoch), 50), epoch + 1
-        report = step.update(run, [ctx.task.collate([encoded.train[i] for i in batches.pop(0)], None, ctx.recipe)])
-        clock.step, clock.samples, clock.tokens = report.step, report.samples, report.tokens
-        rates.append(float(report.extra[DROPOUT]))
-    model.eval()
-    with torch.no_grad():
-        logits = model(images)
-    assert all(isinstance(layer, HyperLinear) for layer in layers.wrapped.values())
-    loss = float(nn.functional.cross_entropy(logits, labels))
-    return Result(rates, loss, float((logits.argmax(1) == labels).float().mean()), step.passes, layers.schedule)
+            logits = self.model(self.images)
+        loss = float(nn.functional.cross_entropy(logits, self.labels))
+        accuracy = float((logits.argmax(1) == self.labels).float().mean())
+        return Result(rates, loss, accuracy, self.step.passes, self.layers.schedule)
+
+
+def tuned(seed: int, *, start: float, steps: int, tune: bool = True, **changes: Any) -> Result:
+    """One run; with `tune` off the dropout stays where it starts, which is the plain run."""
+    return Bench(seed, start=start, steps=steps, tune=tune, **changes).train()
