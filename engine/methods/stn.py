@@ -351,7 +351,7 @@ class SelfTuningNetwork(TrainMethod):
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
         layers = layers_of(params.targets, facts.model)
-        number = len(knobs_of(params, list(layers)))
+        number = len(knobs_of(params, list(layers), facts.task))
         biased = {layer for layer in layers if f"{layer}.bias" in facts.model.tensors}
         return sum(
             2 * out * (into + (name in biased)) + out * (1 + (name in biased)) * number
@@ -371,7 +371,7 @@ class SelfTuningNetwork(TrainMethod):
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p, layers = self.params, list(layers_of(self.params.targets, ctx.facts.model))
-        knobs = Knobs(knobs_of(p, layers), p.spread)
+        knobs = Knobs(knobs_of(p, layers, ctx.recipe.task), p.spread)
         wrapped = BestResponse(ctx, layers, knobs, head=p.head, pull_to_start=p.pull == "start", copy=p.copy_of)
         aside = SetAside(p.validation_share, ctx.recipe.settings.seed)
         step = SelfTuning(
@@ -403,11 +403,13 @@ def layers_of(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in model.linears.items() if numbers.get(name, last) == last}
 
 
-def knobs_of(params: Any, layers: Sequence[str]) -> list[Knob]:
-    """The hyperparameters that are tuned, in a fixed order."""
+def knobs_of(params: Any, layers: Sequence[str], task: str) -> list[Knob]:
+    """The hyperparameters that are tuned, in a fixed order. With a dropout for each layer, a new classifier has one of its own too."""
+    head = params.head and task == "classify"
     share = Range(0.0, params.dropout_high)
     own = [f"{DROPOUT}/{name}" for name in layers] if params.dropout_per_layer else []
-    found = [Knob(name, share, params.dropout_start) for name in [*own, DROPOUT]] if params.dropout else []
+    shared = [DROPOUT] if head or not own else []
+    found = [Knob(name, share, params.dropout_start) for name in [*own, *shared]] if params.dropout else []
     if params.decay:
         found.append(Knob(WEIGHT_DECAY, Range(0.0, None), params.decay_start))
     if params.words:

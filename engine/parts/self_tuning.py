@@ -208,6 +208,23 @@ class SelfTuning(OrdinaryStep):
         self._order: list[list[int]] = []
         self._round = -1
 
+    def begin(self, run: Run) -> None:
+        """Say what was set aside; refuse policies whose batches the set-aside examples cannot become."""
+        for policy in run.slots.policies:
+            if type(policy).gather is not DataPolicy.gather:
+                raise bad_input(
+                    "methods",
+                    "Another method makes its own batches.",
+                    "Examples that were set aside must be read like all others, and such batches cannot be made from them.",
+                    "Use the ordinary step with that method.",
+                    "makes_batches",
+                )
+        count, every = len(self.aside.aside), len(run.encoded.train)
+        message = (
+            f"{count:,} of {every:,} training examples are set aside: they set the regularisers and teach no weight."
+        )
+        run.log.emit("log", {"level": "info", "message": message})
+
     # ── the training step ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def update(self, run: Run, micro: list[dict[str, Tensor]]) -> StepReport:
