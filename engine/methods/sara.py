@@ -116,9 +116,10 @@ class SmallWeights(SparseTuning):
 
     def adapt(self, report: StepReport) -> Remap | None:
         self.turn += 1
-        remap = self.choose_again() if report.step == self.reselect_at else None
-        report.extra["density"] = self.num_learning() / max(1, sum(self.sizes.values()))
-        return remap
+        return self.choose_again() if report.step == self.reselect_at else None
+
+    def numbers(self) -> dict[str, float]:
+        return {"density": self.num_learning() / max(1, sum(self.sizes.values()))}
 
     def choose_again(self) -> Remap | None:
         """The subset of the first mask that the rule still chooses goes on, with fresh optimizer state; the others stay at their values."""
