@@ -29,12 +29,18 @@ def full_rate(model: ModelFacts) -> float:
     return next((rate for limit, rate in _FULL_RATES if size < limit), 1e-5)
 
 
+def let_decay(parameter: nn.Parameter) -> None:
+    """Mark a vector that stands for entries of a matrix: it decays like the matrix would."""
+    parameter.decays = True  # type: ignore[attr-defined]
+
+
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices decay; biases, norms and every other vector do not."""
+    """Two parameter groups: matrices decay, and vectors of matrix entries; biases, norms and every other vector do not."""
     every = list(parameters)
+    decaying = [p.dim() >= 2 or getattr(p, "decays", False) for p in every]
     groups = [
-        {"params": [p for p in every if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in every if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p, decays in zip(every, decaying) if decays], "weight_decay": weight_decay},
+        {"params": [p for p, decays in zip(every, decaying) if not decays], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -55,7 +55,7 @@ def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
         if payload is not None:
             suffix = f"-{chosen.slug}" if several else ""
             forms.update(_write_payload(payload, beside / f"adapter{suffix}", run, f"adapter{suffix}"))
-            for name, form in payload.forms.items():
+            for name, form in () if several else payload.forms.items():  # alone, each holds one part of the model
                 forms.update(_write_payload(form, beside / f"{name}{suffix}", run, f"{name}{suffix}"))
     folded = [part.merge(run.model) for part in run.slots.parametrizations]  # each one, even after a refusal
     merged = all(folded)
@@ -135,6 +135,7 @@ def describe(
         "baseline": baseline,
         "samples": samples,
         "forms": forms,
+        "together": len(run.slots.parametrizations) > 1,  # the adapters make the trained model only when all are loaded
         "notes": run.encoded.notes,
         "num_trainable": run.trainables.num_elements(),
         "steps": run.clock.step,
