@@ -263,6 +263,12 @@ class LST(TrainMethod):
         return inside + samplers + gates + norm
 
     @classmethod
+    def backward_share(cls, params: Any, facts: Facts) -> float:
+        """The side network alone, 1 / k of the width, and one state a rung of the 34 or so that a layer remembers."""
+        kept = len(kept_layers(params.layers, facts.model.num_layers)) / max(1, facts.model.num_layers)
+        return min(1.0, kept * (1 / (params.k or usual_k(anatomy_of(facts.model))) + 1 / 34))
+
+    @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         index = next((place for place, ref in enumerate(recipe.methods) if ref.slug == cls.card.slug), 0)
         wide = anatomy_of(facts.model)
@@ -277,8 +283,9 @@ class LST(TrainMethod):
             ),
             Suggestion(
                 where="settings.learning_rate",
-                value=3e-3,
-                reason="Only a small network learns, and it takes large steps well: the paper's rate.",
+                value=1e-2 if facts.model.num_parameters < 2_000_000 else 3e-3,
+                reason="Only a small network learns, and it takes large steps well"
+                + ("; this one is tiny." if facts.model.num_parameters < 2_000_000 else ": the paper's rate."),
             ),
         ]
 
