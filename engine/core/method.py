@@ -186,6 +186,14 @@ class TrainMethod(Method):
         """How many numbers would learn, for the estimate. Default: the size of the claimed tensors."""
         return sum(facts.model.size(name) for name in cls.claims(params, facts))
 
+    @classmethod
+    def backward_share(cls, params: Any, facts: Facts) -> float:
+        """How much of the model's work and memory for going backward this parametrization needs, for the estimate. Default: all of it, 1.
+
+        Backward runs through every layer above the lowest thing that learns; a method that learns beside the model, or only near its top, needs less.
+        """
+        return 1.0
+
     def parts(self, ctx: Any) -> Sequence[Any]:
         """Build the parts, one for each slot in `slots`, in that order. `ctx` is an engine.train.parts.PartContext."""
         raise NotImplementedError(f"{type(self).__name__} declares no parts.")

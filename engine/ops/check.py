@@ -191,10 +191,13 @@ def require(recipe: Recipe) -> Checked:
 def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str, Any]:
     """Memory, steps and time from the shapes alone; times are a span because machines differ.
 
-    Floating-point work per token is 2N forward, 2N for the gradient of activations and 2T for the gradient of what learns.
+    Floating-point work per token is 2N forward, 2N for the gradient of activations and 2T for the gradient of what learns. The second part, and what
+    is remembered for it, shrinks to the share that the most demanding parametrization needs.
     """
     settings, model, data = recipe.settings, facts.model, facts.data
-    trainable = sum(c.method.num_trainable(c.params, facts) for c in composition.in_slot(Slot.PARAMETRIZATION))
+    learners = composition.in_slot(Slot.PARAMETRIZATION)
+    trainable = sum(c.method.num_trainable(c.params, facts) for c in learners)
+    backward = max((c.method.backward_share(c.params, facts) for c in learners), default=1.0)
     examples = max(1, int(data.num_rows * (1 - settings.holdout)))
     batch = (settings.batch_size or 1) * settings.accumulate
     steps = ceil((settings.epochs or 1) * ceil(examples / batch))
@@ -202,7 +205,7 @@ def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str
     length = min(settings.max_length or 128, max(8, data.mean_chars / 3.5 + 4))
     tokens = steps * batch * length
     dense = sum(out * into for out, into in model.linears.values()) or model.num_parameters
-    flops = tokens * (4 * dense + 2 * min(trainable, dense))
+    flops = tokens * (2 * dense + 2 * backward * dense + 2 * min(trainable, dense))
     half = settings.precision == "bf16"
     speed = (4e13 if facts.machine.device == "cuda" else 2.2e10 * facts.machine.num_threads) * (1.5 if half else 1.0)
     seconds = flops / speed + (12 if facts.machine.device == "cpu" else 20)
@@ -213,6 +216,7 @@ def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str
         * max(1, model.num_layers)
         * (6 if settings.gradient_checkpointing else 34)
         * (2 if half else 4)
+        * backward
     )
     logits = wide * model.vocab_size * 8 if model.kind != "encoder" else 0
     memory = model.num_parameters * (2 if half else 4) + trainable * 16 + activations + logits + 400_000_000
