@@ -1,6 +1,6 @@
 """What a recipe from outside may name. People name things of the studio, never places on the server's disk.
 
-data.source    dataset:<id> | starter:<name>
+data.source    dataset:<id> | starter:<name> | artifact:<id> (rows that a job made)
 model.source, models[i].source   model:<id> | artifact:<id> | starter:<name> | a source that the list of models offers | hub:owner/name (staff)
 """
 
@@ -73,6 +73,8 @@ def _data(owner: access.Person, source: str, faults: list[Fault]) -> tuple[Datas
     scheme, _, name = source.partition(":")
     rows = access.datasets_for(owner)
     row: Dataset | None = None
+    if scheme == "artifact":
+        return None, _made_rows(owner, name, faults)
     if scheme == "dataset":
         row = access.with_id(rows, name)
     elif scheme == "starter":
@@ -144,6 +146,23 @@ def _merged(owner: access.Person, name: str, faults: list[Fault], where: str) ->
             )
         )
     return f"folder:{Path(artifact.folder) / 'merged'}"
+
+
+def _made_rows(owner: access.Person, name: str, faults: list[Fault]) -> str:
+    """The rows that an earlier job made."""
+    artifact = access.with_id(access.artifacts_for(owner), name)
+    if artifact is None or artifact.description.get("kind") != "dataset":
+        faults.append(
+            Fault(
+                where="data.source",
+                what="There is no such data set among the results.",
+                why=f"'{_short(name)}' names no result of yours that holds rows.",
+                way_out="Choose a result of a job that made data.",
+                code="unknown_artifact",
+            )
+        )
+        return ""
+    return f"file:{Path(artifact.folder) / 'data' / 'rows.jsonl'}"
 
 
 def _mapping(value: Any) -> dict[str, Any]:
