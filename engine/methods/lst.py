@@ -273,6 +273,14 @@ class LST(TrainMethod):
         index = next((place for place, ref in enumerate(recipe.methods) if ref.slug == cls.card.slug), 0)
         wide = anatomy_of(facts.model)
         k = usual_k(wide)
+        rate, why = 3e-3, "Only a small network learns, and it takes large steps well: the paper's rate."
+        if facts.model.kind == "encoder":
+            rate, why = (
+                1e-3,
+                "The blocks of an encoder are normed after they are added up and become unsteady at the paper's 0.003.",
+            )
+        elif facts.model.num_parameters < 2_000_000:
+            rate, why = 1e-2, "Only a small network learns, and beside a tiny model it takes very large steps well."
         return [
             Suggestion(
                 where=f"methods[{index}].params.k",
@@ -281,12 +289,7 @@ class LST(TrainMethod):
                 if k == USUAL
                 else f"The heads of this model have {wide.head_dim} numbers each; {k} is the largest number up to {USUAL} that divides them.",
             ),
-            Suggestion(
-                where="settings.learning_rate",
-                value=1e-2 if facts.model.num_parameters < 2_000_000 else 3e-3,
-                reason="Only a small network learns, and it takes large steps well"
-                + ("; this one is tiny." if facts.model.num_parameters < 2_000_000 else ": the paper's rate."),
-            ),
+            Suggestion(where="settings.learning_rate", value=rate, reason=why),
         ]
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:

@@ -76,7 +76,7 @@ class Ladder(nn.Module):
         for place, block in enumerate(blocks):  # in a cache the narrow layers stand behind those of the body
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = num_layers + place
+                    object.__setattr__(module, "layer_idx", num_layers + place)
 
     def mu(self) -> Tensor:
         """The gates [layers with a rung]: how much of the side network's own state goes on, against what the rung brings."""
