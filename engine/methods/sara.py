@@ -223,7 +223,8 @@ class SaRA(TrainMethod):
             "The values fit one base model only: the file carries hashes of it, and loading onto another is refused.",
             "The mask is chosen in fp32 and kept; in bf16 many tiny weights are equal and would be chosen differently.",
             "The rank term costs one singular value decomposition a step: on large matrices that is the slow part. 0 switches it off.",
-            "That the smallest weights hardly matter must be measured for each model: a small, well trained one may use them all.",
+            "That the smallest weights hardly matter says little about changing them: measured here on a small story model, setting them to zero cost "
+            "nothing, but training them forgot more than training large ones. On a small image model it forgot less, as promised. Try it on yours.",
         ),
         figures=(
             Figure(
@@ -238,12 +239,28 @@ class SaRA(TrainMethod):
             Figure(
                 claim="Which weights learn, one style: VLHI of smallest, largest, random",
                 paper="1.16 to 1.79, 1.00, 0.97 (Table 2)",
+                ours="rise of the old loss on digits, equal steps: 1.10, 2.78, 1.64; but on stories when a 260,000-parameter story model "
+                "learns a novel: 1.49, 1.24, 1.39, so there small weights forget most",
             ),
             Figure(
                 claim="Both tricks, only the second choice, only the rank term, none: VLHI",
                 paper="1.79, 1.56, 0.89, 1.16 (Table 2)",
             ),
-            Figure(claim="Memory against methods that mask dense gradients", paper="45 to 52 % less (Figure 5)"),
+            Figure(
+                claim="Memory against methods that mask dense gradients",
+                paper="45 to 52 % less (Figure 5)",
+                ours="gradient and optimizer take a tenth of the bytes when a tenth learns (counted)",
+            ),
+            Figure(
+                claim="Loss when the smallest tenth of the weights is set to zero, against a random tenth",
+                paper="the smallest 10 to 20 % do not matter",
+                ours="+0.009 against +2.39 (story model, 3 draws)",
+            ),
+            Figure(
+                claim="First choice that is left after the second",
+                paper="15 to 20 %",
+                ours="53 % (80 steps of a story model)",
+            ),
         ),
         cost=Cost(time=3, memory=2, size=2),
         family="Selection",

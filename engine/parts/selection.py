@@ -7,6 +7,7 @@ the border is found by counting the upper and then the lower half of the bits (f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,15 +72,20 @@ def complement(places: Tensor, size: int) -> Tensor:
 
 def magnitudes(weights: Mapping[str, Tensor]) -> Scores:
     """|w|, decided in fp32 whatever the weights are stored in."""
-    return {name: lambda weight=weight: weight.detach().float().abs() for name, weight in weights.items()}
+
+    def size(weight: Tensor) -> Tensor:
+        return weight.detach().float().abs()
+
+    return {name: partial(size, weight) for name, weight in weights.items()}
 
 
 def lots(weights: Mapping[str, Tensor], generator: Callable[[str], torch.Generator]) -> Scores:
     """A random score for every entry; `generator(name)` must always be the same fresh one."""
-    return {
-        name: lambda name=name, weight=weight: torch.rand(weight.shape, generator=generator(name)).to(weight.device)
-        for name, weight in weights.items()
-    }
+
+    def draw(name: str, weight: Tensor) -> Tensor:
+        return torch.rand(weight.shape, generator=generator(name)).to(weight.device)
+
+    return {name: partial(draw, name, weight) for name, weight in weights.items()}
 
 
 def _bits(scores: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from engine.train.export import load_adapted, read_payload
 from engine.train.parts import Loss, Payload
 from engine.train.trainables import halve_frozen
 from tests.engine.attached import Attached, facts_for, random_batches
-from tests.engine.tiny import Tiny, lay
+from tests.engine.tiny import Tiny, lay, metric_rows
 from tests.engine.unit.sara_models import (
     advance,
     attached,
@@ -251,6 +251,14 @@ def test_with_lora_elsewhere_and_helpers_in_other_slots(tiny: Tiny, tmp_path: Pa
     }
     names = checkpoint.load(checkpoint.listed(folder)[-1]).trainables
     assert any(".entries" in name for name in names) and any("lora_A" in name for name in names)
+
+
+def test_with_preferences_the_reference_is_the_untouched_model(tiny: Tiny, tmp_path: Path) -> None:
+    methods: list[tuple[str, dict[str, Any]]] = [("sara", {"rank_side": 8}), ("dpo", {}), ("clip", {})]
+    folder = lay(tmp_path / "pairs", tiny.recipe(methods, task="preference", max_steps=6))
+    assert run_folder(folder)["outcome"] == "succeeded"
+    assert json.loads((folder / "artifact" / "certificate.json").read_text())["ok"]
+    assert metric_rows(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference still agree
 
 
 def test_with_another_optimizer(tiny: Tiny, tmp_path: Path) -> None:
