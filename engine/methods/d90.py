@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from math import exp, isfinite, log, sqrt
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from engine.core.errors import Fault, bad_input
 from engine.core.facts import Facts
@@ -203,7 +203,7 @@ class D90(FlowMethod):
             )  # fmt: skip
         for where, d in (("low", params.low), ("high", params.high)):
             scales = params.scales if params.mode == "said" else "none"
-            shape = Shape(d=d, scales=scales, spread=params.spread, projection=params.projection)
+            shape = Shape(d=d, scales=cast(Any, scales), spread=params.spread, projection=params.projection)
             found = shape_faults(shape, params.targets, facts, where)
             faults += [fault for fault in found if fault.where not in {item.where for item in faults}]
         return faults

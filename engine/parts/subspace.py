@@ -343,7 +343,7 @@ class Subspace(Parametrization):
         digest = hashlib.sha256()
         for weight in self.weights:
             digest.update(f"{weight.name}{tuple(weight.base.shape)}".encode())
-            digest.update(weight.base.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(weight.base.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
