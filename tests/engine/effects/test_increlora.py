@@ -83,7 +83,7 @@ def planted(folder: Path, name: str, generator: torch.Generator) -> nn.Module:
 
 
 def test_pieces_go_to_the_layer_that_needs_them(bench: Workbench, effect_row: Callable[..., None]) -> None:
-    steps, rate, seeds = 200, 5e-3, range(1, 11)
+    steps, rate, seeds = 200, 2e-2, range(1, 11)  # rates tried: 5e-3, 1e-2, 2e-2, 3e-2; LoRA levels off at 2e-2
     model, data = tiny_llama(bench.folder / "llama"), bench.folder / "rows.jsonl"
     data.write_text((json.dumps({"text": "Once upon a time a fox lived near the river."}) + "\n") * 40)
     losses: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -126,7 +126,7 @@ def test_pieces_go_to_the_layer_that_needs_them(bench: Workbench, effect_row: Ca
         ours=f"highest in {alone + shared} of 10 seeds (alone in {alone}, beside an equal one in {shared})",
         theirs="0.7 of 10 expected",
         verdict="holds" if alone + shared >= 9 else "not seen at this size",
-        note=settings,
+        note=f"first measured at a rate of 5e-3: highest in 9 of 10, alone in 7; {settings}",
     )
     effect_row(
         slug="increlora",
@@ -135,7 +135,8 @@ def test_pieces_go_to_the_layer_that_needs_them(bench: Workbench, effect_row: Ca
         ours=listed(losses["grown"]),
         theirs=listed(losses["even"]),
         verdict="holds" if mean(losses["grown"]) < mean(losses["even"]) else "not seen at this size",
-        note=f"better in {better['even']} of 10 seeds, so well in attention, not where a feed-forward layer was planted; {settings}",
+        note=f"better in {better['even']} of 10 seeds. First measured at a rate of 5e-3: 0.205 against 0.233, better in only 6 of 10. The rate was raised "
+        f"after a comparison of four on the odd seeds; at 3e-2 0.004 against 0.210; {settings}",
     )
     effect_row(
         slug="increlora",
@@ -144,11 +145,11 @@ def test_pieces_go_to_the_layer_that_needs_them(bench: Workbench, effect_row: Ca
         ours=listed(losses["grown"]),
         theirs=listed(losses["by chance"]),
         verdict="holds" if mean(losses["grown"]) < mean(losses["by chance"]) else "opposite",
-        note=f"better in {better['by chance']} of 10 seeds",
+        note=f"better in {better['by chance']} of 10 seeds; at a rate of 5e-3 0.205 against 0.310, better in 9 of 10",
     )
-    assert alone + shared >= 8  # nine here; a rounding elsewhere may turn one
-    assert mean(losses["grown"]) < mean(losses["even"]) < mean(losses["by chance"])
-    assert better["by chance"] >= 8
+    assert alone + shared >= 9
+    assert mean(losses["grown"]) < 0.5 * mean(losses["even"]) and better["even"] >= 9
+    assert mean(losses["grown"]) < 0.5 * mean(losses["by chance"]) and better["by chance"] >= 7
 
 
 # ── real text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,7 +158,11 @@ def test_pieces_go_to_the_layer_that_needs_them(bench: Workbench, effect_row: Ca
 def test_a_real_model_on_real_text_against_lora_of_the_same_size(
     bench: Workbench, shared_data: Path, effect_row: Callable[..., None]
 ) -> None:
-    steps, rate, seeds = 120, 5e-3, (1, 2)
+    steps, seeds = 120, (1, 2)
+    rates = {
+        "grown": 2e-2,
+        "even": 1e-2,
+    }  # of 5e-3, 1e-2, 2e-2, 4e-2 on seed 1: LoRA's best; ours as suggested (4e-2: 0.005 better)
     paragraphs = (shared_data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8").split("\n\n")
     rows = bench.folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": "\n\n".join(paragraphs[i : i + 6])}) + "\n" for i in range(0, 5400, 6)))
@@ -168,7 +173,7 @@ def test_a_real_model_on_real_text_against_lora_of_the_same_size(
         for way in after:
             recipe = bench.recipe(
                 f"folder:{shared_data / 'stories260k'}", f"file:{rows}", [WAYS[way], ("clip", {}), ("linear", {})],
-                max_steps=steps, epochs=50, batch_size=8, max_length=128, learning_rate=rate, seed=seed, precision="fp32",
+                max_steps=steps, epochs=50, batch_size=8, max_length=128, learning_rate=rates[way], seed=seed, precision="fp32",
                 evaluations=1, holdout=0.1,
             )  # fmt: skip
             run = bench.run(recipe)
@@ -184,7 +189,9 @@ def test_a_real_model_on_real_text_against_lora_of_the_same_size(
         theirs=f"{listed(after['even'])} (seeds 1, 2)",
         verdict="holds" if better else "not seen at this size",
         paper="higher average on GLUE at 0.33 million numbers (abstract)",
-        note=f"before: {start:.3f}; {steps} steps of 8 x 128 tokens, rate {rate:g} for both",
+        note=f"before: {start:.3f}; {steps} steps of 8 x 128 tokens; rate {rates['grown']:g} as suggested against LoRA's best of four, {rates['even']:g}. Ours "
+        "holds more numbers, because wide layers win, and still does not lead. Seed 1 at 5e-3 for both: 3.281 against 3.048; 600 steps at 1e-2 for both: 2.757 "
+        "against 2.735. Tried too, 150 steps at 5e-3: a fixed strength (no better) and winners by chance (0.01 worse on average)",
     )
-    assert mean(after["grown"]) < start - 0.5
-    assert abs(mean(after["grown"]) - mean(after["even"])) < 0.3
+    assert mean(after["grown"]) < start - 1.5
+    assert abs(mean(after["grown"]) - mean(after["even"])) < 0.15
