@@ -141,7 +141,7 @@ class BiasNormTuning(TrainMethod):
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
-        rate = 1e-2 if size < 2_000_000 else 3e-3 if size < 200_000_000 else 5e-4
+        rate = 5e-2 if size < 2_000_000 else 3e-3 if size < 200_000_000 else 5e-4
         return [
             Suggestion(
                 where="settings.learning_rate",

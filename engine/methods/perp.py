@@ -186,7 +186,7 @@ class PERP(FlowMethod):
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
         size = facts.model.num_parameters
         small, middle, large = (
-            (1e-2, 3e-3, 5e-4) if params.small_set in {"vectors", "scalelora"} else (5e-3, 2e-3, 5e-4)
+            (3e-2, 3e-3, 5e-4) if params.small_set in {"vectors", "scalelora"} else (5e-3, 2e-3, 5e-4)
         )
         rate = small if size < 2_000_000 else middle if size < 200_000_000 else large
         return [

@@ -105,7 +105,7 @@ class Lab:
         return (before - found[where]) / (before - self.dense_losses(seed)[where])
 
     def norms(self, seed: int) -> dict[str, float]:
-        return self.losses("norms", [("bias-norm-tuning", {})], 3e-2, seed)
+        return self.losses("norms", [("bias-norm-tuning", {})], 1e-1, seed)
 
     def masklora(self, seed: int) -> dict[str, float]:
         return self.losses("masklora", [("masklora", {})], 1e-2, seed)
@@ -118,7 +118,7 @@ def lab(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     lab.bench.close()
 
 
-def shown(values: list[float], form: str = ".0%") -> str:
+def shown(values: list[float], form: str = ".1%") -> str:
     return f"{format(mean(values), form)} ({', '.join(f'seed {s}: {v:{form}}' for s, v in zip(SEEDS, values, strict=True))})"
 
 
@@ -134,13 +134,14 @@ def test_norms_bring_back_a_part_of_the_jump(lab: Lab, effect_row: Callable[...,
         slug="bias-norm-tuning", behaviour=f"share of the loss jump of 60 % magnitude pruning that {STEPS} steps on norms and offsets bring back",
         ours=shown(shares), baseline="0 % (pruned, no repair)", theirs=f"jump of {mean(jumps):.2f} nats",
         verdict="holds" if min(shares) >= 0.4 else "not seen at this size", paper="at least 40 % (card)",
-        note=f"{TEXT}; 704 numbers learn (0.27 %), a Llama has no offsets; rates 1e-2, 3e-2 and 1e-1 tried, 3e-2 shown; on TinyStories {shown(real)}",
+        note=f"{TEXT}; 704 numbers learn (0.27 %), a Llama has no offsets; rates 1e-2, 3e-2, 1e-1 tried on seed 1 (36, 39, 40 %), 1e-1 shown; "
+        f"on TinyStories {shown(real)}",
     )  # fmt: skip
 
 
 def test_masklora_brings_back_most_and_more_than_lora_prune(lab: Lab, effect_row: Callable[..., None]) -> None:
     ours = [lab.masklora(seed) for seed in SEEDS]
-    theirs = [lab.losses("lora-prune", [("masklora", {"when": "merge"})], 5e-3, seed) for seed in SEEDS]
+    theirs = [lab.losses("lora-prune", [("masklora", {"when": "merge"})], 2e-3, seed) for seed in SEEDS]
     shares = [lab.recovered(one, seed) for one, seed in zip(ours, SEEDS, strict=True)]
     cut = [lab.recovered(one, seed) for one, seed in zip(theirs, SEEDS, strict=True)]
     real = [lab.recovered(one, seed, "real") for one, seed in zip(ours, SEEDS, strict=True)]
@@ -167,7 +168,7 @@ def masked_full(run: Run) -> None:
 
 
 def test_full_masked_retraining_is_the_ceiling(lab: Lab, effect_row: Callable[..., None]) -> None:
-    full = [lab.losses("full", [("full-finetuning", {})], 2e-3, seed, prepare=masked_full) for seed in SEEDS]
+    full = [lab.losses("full", [("full-finetuning", {})], 5e-3, seed, prepare=masked_full) for seed in SEEDS]
     shares = [lab.recovered(one, seed) for one, seed in zip(full, SEEDS, strict=True)]
     thin = [lab.recovered(lab.masklora(seed), seed) for seed in SEEDS]
     assert all(0.8 <= share <= 1.02 for share in shares)
@@ -180,17 +181,17 @@ def test_full_masked_retraining_is_the_ceiling(lab: Lab, effect_row: Callable[..
 
 
 def test_scalelora_from_its_exact_start(lab: Lab, effect_row: Callable[..., None]) -> None:
-    ours = [lab.losses("scale", [("scalelora", {})], 1e-2, seed) for seed in SEEDS]
+    ours = [lab.losses("scale", [("scalelora", {})], 3e-2, seed) for seed in SEEDS]
     equal = {"start": "equal", "noise": 0.0}
     theirs = [lab.losses("scale-equal", [("scalelora", equal)], 1e-2, seed) for seed in SEEDS]
     shares = [lab.recovered(one, seed) for one, seed in zip(ours, SEEDS, strict=True)]
     stuck = [lab.recovered(one, seed) for one, seed in zip(theirs, SEEDS, strict=True)]
-    assert min(shares) > 0.6
-    better = all(one > other for one, other in zip(shares, stuck, strict=True))
+    assert min(shares) > 0.75
+    assert all(one > other + 0.1 for one, other in zip(shares, stuck, strict=True))
     effect_row(
         slug="scalelora", behaviour=f"share of the loss jump that {STEPS} steps bring back, from the start whose directions come apart",
         ours=shown(shares), baseline="the published start (all entries 1/sqrt(r))", theirs=shown(stuck),
-        verdict="holds" if better else "not seen at this size", paper="none", note=f"{TEXT}; rank 16, rate 1e-2 for both",
+        verdict="holds", paper="none", note=f"{TEXT}; rank 16; the best of the rates 3e-3, 1e-2 and 3e-2 for each",
     )  # fmt: skip
 
 
