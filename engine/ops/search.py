@@ -65,11 +65,13 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
     method.begin(SearchContext(recipe=inner.recipe, total_steps=player.total_steps, rng=player.rng))
     trials: dict[int, Trial] = {}
     try:
-        while asked := method.ask(list(trials.values())):
+        while not player.stopped and (asked := method.ask(list(trials.values()))):
             for ask in asked:
                 trial = trials.setdefault(ask.trial, Trial(number=ask.trial))
                 player.play(ask, trial, trials)
                 method.tell(trial)
+                if player.stopped:  # a person said "stop and keep": the best so far goes home
+                    break
         winner = method.winner(list(trials.values()))
         taken = player.export(trials[winner])
     except _Left as left:
@@ -92,6 +94,7 @@ class _Player:
         self.count = 0
         self.done_steps = 0
         self.notes: list[str] = []
+        self.stopped = False
         self.total_steps = self._plan()
 
     def _plan(self) -> int:
@@ -130,6 +133,7 @@ class _Player:
         self.count += 1
         self.done_steps += max(0, line["step"] - start)
         score = -math.inf if line["score"] is None else float(line["score"])
+        self.stopped = bool(line.get("stopped"))
         trial.marks.append(Mark(step=line["step"], score=score, values=dict(ask.values)))
         trial.failed = line["failed"]
 
@@ -161,8 +165,9 @@ class _Player:
             ):
                 raise _Left(ending)
             score = run.task.goodness(run.scores)[0]
-            step = ask.until if ending.exports else run.clock.step
-            return {"step": step, "score": score if math.isfinite(score) else None, "failed": ""}
+            stopped = ending.reason == "stopped"
+            step = ask.until if ending.exports and not stopped else run.clock.step
+            return {"step": step, "score": score if math.isfinite(score) else None, "failed": "", "stopped": stopped}
         except EngineError as error:
             if error.reason != "diverged":
                 raise

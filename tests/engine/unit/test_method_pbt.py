@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.core.control import write_request
 from engine.core.errors import EngineError, Fault
 from engine.core.recipe import Recipe, parse_recipe
 from engine.core.space import Knob, parse_space, with_values
@@ -229,6 +230,14 @@ def test_the_schedule_of_the_winner_gives_its_weights_again_bit_for_bit(tiny: Ti
     assert won.step == replayed.step == 12
     for mine, theirs in ((won.trainables, replayed.trainables), (won.optimizer, replayed.optimizer)):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_stop_and_keep_takes_the_best_so_far_home(tiny: Tiny, tmp_path: Path) -> None:
+    folder = lay(tmp_path, require(recipe(tiny)).recipe)
+    write_request(folder, "stop")
+    result = run_folder(folder)
+    assert result["outcome"] == "succeeded" and (folder / "artifact" / "certificate.json").exists()
+    assert len((folder / search.RECORD).read_text().splitlines()) == 1
 
 
 def test_lineage_follows_takeovers_back() -> None:
