@@ -349,7 +349,8 @@ class IncreLoRA(TrainMethod):
             "When the active pieces reach layers * target: stop scoring and drop what is still in reserve.",
             "Export: A = e * a, B = b, with a rank and a strength for every layer, as a plain LoRA.",
         ),
-        avoid_when="The budget is ample, where plain LoRA is simpler and as good, or the run is too short for several rounds.",
+        avoid_when="The budget is ample, where plain LoRA is simpler and as good, or the run is short: pieces start slowly, and in a few hundred steps plain "
+        "LoRA is ahead.",
         traps=(
             "alpha / rank shrinks all pieces of a layer at once when one is added, and the loss bumps. The strength can be kept fixed instead.",
             "Scoring needs the dense product of every layer; it ends with the last allocation, and can be done every few steps.",
@@ -365,6 +366,13 @@ class IncreLoRA(TrainMethod):
             Figure(
                 claim="DeBERTaV3-base on GLUE against LoRA, AdaLoRA, BitFit and adapters at 0.33 and 1.33 million numbers",
                 paper="higher average, the largest gains with the small budget (abstract; figures per task unconfirmed)",
+                ours="not seen in short runs: a 260K-parameter Llama on Shakespeare, 120 steps, held-out loss 3.058 ± 0.021, LoRA of equal total rank "
+                "3.003 ± 0.002 (two seeds, each at a rate that suits it)",
+            ),
+            Figure(
+                claim="One layer needs a change of rank 4: it ends with the highest rank, and the loss beats an even LoRA of equal total rank",
+                paper="the reason for the method; no such test in the paper",
+                ours="highest in 10 of 10 seeds (two of them shared); distance 0.006 ± 0.004, even LoRA 0.183 ± 0.218, pieces by chance 0.165 ± 0.214",
             ),
         ),
         cost=Cost(time=4, memory=3, size=1),
