@@ -60,7 +60,7 @@ class Said(TrainMethod):
             Figure(
                 claim="d90 of a base model, SAID and DID",
                 paper="1608, 1861 (BERT-Base on MRPC, Table 1)",
-                ours="@@A (a pretrained network of 8,970 numbers on digits, geometric mean of 3 seeds)",
+                ours="58, 64 (a pretrained network of 8,970 numbers on digits, geometric mean of 3 seeds)",
             ),
             Figure(
                 claim="Score against d, and full fine-tuning",
