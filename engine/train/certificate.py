@@ -27,7 +27,7 @@ def certify(folder: Path) -> dict[str, Any]:
     description = json.loads((folder / "artifact.json").read_text(encoding="utf-8"))
     damaged = damaged_files(folder)
     forms: list[dict[str, Any]] = []
-    models = _loadable(description["forms"])
+    models = {form: layout for form, layout in sorted(description["forms"].items()) if layout in _LOADERS}
     reference: dict[str, Tensor] = {}
     try:
         reference = load_tensors(folder / "reference.safetensors", None) if models else {}
@@ -53,17 +53,6 @@ def certify(folder: Path) -> dict[str, Any]:
     }
     write_json(folder / "certificate.json", certificate)
     return certificate
-
-
-def _loadable(forms: dict[str, str]) -> dict[str, str]:
-    """The forms that answer like the trained model, with their loaders. Adapters of several methods do so only together, whatever their layout."""
-    if any(form.startswith("adapter-") for form in forms):
-        forms = {
-            form: layout if layout == "transformers" else "bonsai"
-            for form, layout in forms.items()
-            if layout == "transformers" or form.startswith("adapter-")
-        }
-    return {form: layout for form, layout in sorted(forms.items()) if layout in _LOADERS}
 
 
 def _check_form(
