@@ -59,6 +59,7 @@ class Card:
     figures: tuple[Figure, ...] = ()
     cost: Cost | None = None
     family: str = "baseline"  # heading in the catalogue
+    first_choice: bool = False  # whether a person who knows no better does well with it on ordinary data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,7 @@ class FullFinetuning(TrainMethod):
         ),
         cost=Cost(time=4, memory=5, size=5),
         family="Baselines",
+        first_choice=True,
     )
     slots = (Slot.PARAMETRIZATION,)
     cannot = {"adapter": "Every weight changes, so the complete model is the only form of the result."}

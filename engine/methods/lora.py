@@ -55,6 +55,7 @@ class LoRA(TrainMethod):
         ),
         cost=Cost(time=3, memory=2, size=1),
         family="Adapters",
+        first_choice=True,
     )
     needs = Needs(linear_layers=True)
     slots = (Slot.PARAMETRIZATION,)

@@ -158,6 +158,7 @@ class PaCA(TrainMethod):
         ),
         cost=Cost(time=2, memory=1, size=1),
         family="Selection",
+        first_choice=True,
     )
     needs = Needs(linear_layers=True)
     slots = (Slot.PARAMETRIZATION,)

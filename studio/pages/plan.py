@@ -237,26 +237,37 @@ class Plan:
         """The methods that say what learns: the recommended one first, the unfit ones last."""
         found = [plant for plant in garden.plants() if plant.is_main]
         choices = [self._choice(plant) for plant in found]
-        choices.sort(key=lambda choice: (not choice.fits, choice.extra.weight, choice.title))
-        fitting = [choice for choice in choices if choice.fits and choice.extra.role == "train"]
+        choices.sort(key=lambda c: (not c.fits, not c.extra.first_choice, c.extra.weight, c.title))
+        fitting = [choice for choice in choices if choice.fits and choice.extra.first_choice]
         if fitting and self.verdicts:
-            best = fitting[0]
             others = len(fitting) - 1
-            best.says = "It fits your data and model" + (
-                f", and asks for the least time and memory of the {len(fitting)} that do." if others else "."
+            fitting[0].says = "It fits your data and model" + (
+                f", and asks for the least time and memory of the {len(fitting)} that suit nearly everyone."
+                if others
+                else "."
             )
         kinds = list(garden.KINDS)
         return sorted(choices, key=lambda choice: kinds.index(choice.extra.role))
 
     @cached_property
     def method_groups(self) -> list[dict[str, Any]]:
-        """The methods by kind of work; the fitting ones of each kind first."""
+        """The methods by kind of work. In front stand those that suit nearly everyone, and the chosen one; the others lie in a fold."""
         groups = []
         for role, (title, sentence) in garden.KINDS.items():
             found = [choice for choice in self.methods if choice.extra.role == role]
+            front = [c for c in found if c.fits and (c.extra.first_choice or c.value == self.shown_method)]
+            more = [choice for choice in found if choice not in front]
             if found:
-                chosen = any(choice.value == self.shown_method for choice in found)
-                groups.append({"role": role, "title": title, "sentence": sentence, "choices": found, "open": chosen})
+                groups.append(
+                    {
+                        "role": role,
+                        "title": title,
+                        "sentence": sentence,
+                        "front": front,
+                        "more": more,
+                        "num": len(found),
+                    }
+                )
         return groups
 
     @cached_property
