@@ -109,7 +109,7 @@ def test_one_round_repairs_a_systematic_error_better_than_more_of_the_same(tmp_p
     shown = {name: ", ".join(f"{row['exact, all']:.2f}" for row in rows) for name, rows in table.items()}
     mean = {name: sum(row["exact, all"] for row in rows) / len(rows) for name, rows in table.items()}
     effect_row(
-        slug="irft-tool-use", behaviour="Exact calls on held-back requests after one round, a small Llama that learned a wrong place for two of six things (seeds 1, 2).",
+        slug="irft-tool-use", behaviour="Exact calls on held-back requests after one round; a small Llama had learned a wrong place for two of six things.",
         baseline=f"the same number of steps ({steps}) of LoRA on the right examples", ours=shown["search"], theirs=shown["more examples"],
         verdict="holds" if mean["search"] > mean["more examples"] else "not seen at this size" if mean["search"] > mean["before"] else "opposite",
         paper="+6.5 % over the baseline in complex scenarios (abstract)",
