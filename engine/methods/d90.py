@@ -99,7 +99,10 @@ class D90(FlowMethod):
             Figure(claim="RoBERTa-Base on MRPC, SAID and DID", paper="896, 1000 (Table 1)"),
             Figure(claim="BERT-Large on QQP, SAID and DID", paper="1200, 1389 (Table 1)"),
             Figure(
-                claim="d90 along pretraining of RoBERTa-Base, six tasks", paper="falls as pretraining goes on (figure)"
+                claim="d90 of a pretrained start against the same network re-initialised",
+                paper="falls as pretraining of RoBERTa-Base goes on, six tasks (figure)",
+                ours="64 against 211 numbers with DID, 58 against 192 with SAID (digits, 3 seeds). Measured by the share of its own gain in loss it is the "
+                "other way round for a small language model in 30 steps: 3,000 numbers reach 59 % pretrained, 96 % re-initialised (2 seeds)",
             ),
         ),
         cost=Cost(time=5, memory=4, size=1),
