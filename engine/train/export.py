@@ -50,10 +50,9 @@ def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
 
     forms: dict[str, str] = {}
     several = len(run.slots.parametrizations) > 1
-    for chosen, part in zip(run.composition.in_slot(Slot.PARAMETRIZATION), run.slots.parametrizations, strict=True):
+    for suffix, part in zip(_suffixes(run.composition), run.slots.parametrizations, strict=True):
         payload = part.export(run.model)
         if payload is not None:
-            suffix = f"-{chosen.slug}" if several else ""
             forms.update(_write_payload(payload, beside / f"adapter{suffix}", run, f"adapter{suffix}"))
             for name, form in () if several else payload.forms.items():  # alone, each holds one part of the model
                 forms.update(_write_payload(form, beside / f"{name}{suffix}", run, f"{name}{suffix}"))
@@ -80,6 +79,17 @@ def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
         step=run.clock.step,
     )
     return folder
+
+
+def _suffixes(composition: Composition) -> list[str]:
+    """What tells the adapter folders of several parametrizations apart: the slug, and a number where a method stands there twice."""
+    slugs = [chosen.slug for chosen in composition.in_slot(Slot.PARAMETRIZATION)]
+    if len(slugs) == 1:
+        return [""]
+    return [
+        f"-{slug}" + (f"-{slugs[:place].count(slug) + 1}" if slugs.count(slug) > 1 else "")
+        for place, slug in enumerate(slugs)
+    ]
 
 
 def _baseline(run: Run) -> dict[str, Any]:
@@ -269,9 +279,8 @@ def load_adapted(folder: Path, description: dict[str, Any]) -> tuple[torch.nn.Mo
     for part in slots.parametrizations:
         part.attach(model)
     collect(model, slots.parametrizations, task.fresh(model))
-    several = len(slots.parametrizations) > 1
-    for chosen, part in zip(composition.in_slot(Slot.PARAMETRIZATION), slots.parametrizations, strict=True):
-        path = folder / (f"adapter-{chosen.slug}" if several else "adapter")
+    for suffix, part in zip(_suffixes(composition), slots.parametrizations, strict=True):
+        path = folder / f"adapter{suffix}"
         part.restore(model, read_payload(path))
         part.sync(model)
     return model, task.load_tokenizer(base)

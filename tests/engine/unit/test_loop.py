@@ -247,3 +247,12 @@ def test_result_says_what_it_was_measured_against(tiny: Tiny, tmp_path: Path) ->
     body = json.loads((folder / "artifact" / "artifact.json").read_text())
     assert body["baseline"]["sentence"].endswith(".") and 0 <= body["baseline"]["eval_accuracy"] <= 1
     assert body["before"]["eval_loss"] > 0 and body["data"]["num_holdout"] >= 8
+
+
+def test_one_method_twice_on_different_layers_is_taken_home_whole(tiny: Tiny, tmp_path: Path) -> None:
+    twice = [("lora", {"r": 2, "targets": "attention"}), ("lora", {"r": 4, "targets": "feed-forward"})]
+    folder = lay(tmp_path, tiny.recipe(twice, max_steps=3))
+    assert run_folder(folder)["outcome"] == "succeeded"
+    certificate = json.loads((folder / "artifact" / "certificate.json").read_text())
+    assert certificate["ok"], certificate["sentence"]
+    assert {"adapter-lora-1", "adapter-lora-2", "merged"} <= {form["form"] for form in certificate["forms"]}
