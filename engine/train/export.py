@@ -341,7 +341,7 @@ def _write_reference(run: Run, folder: Path) -> None:
 
 def _samples(run: Run) -> list[dict[str, str]]:
     run.model.eval()
-    with torch.random.fork_rng(devices=[]), run.autocast():
+    with torch.random.fork_rng(devices=[]), run.autocast():  # a new classifier in fp32 stands on a bf16 model
         samples = run.task.samples(run.model, run.encoded, run.tokenizer, 6)
     for index, sample in enumerate(samples):
         run.log.emit("sample", dict(sample), step=run.clock.step, key=str(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,13 @@ def test_it_runs_beside_other_slots(tiny: Tiny, tmp_path: Path, task: str) -> No
     result = run_folder(folder)
     assert result["outcome"] == "succeeded", result
     assert metric_rows(folder) and (folder / "artifact" / "adapter" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", [("lst", {"k": 4, "samples": 4}), ("lora", {"r": 4})], ids=["lst", "lora"])
+def test_a_new_classifier_on_a_bf16_model_goes_home(tiny: Tiny, tmp_path: Path, method: Any) -> None:
+    folder = lay(tmp_path / "run", tiny.recipe([method], task="classify", precision="bf16", max_steps=2))
+    assert run_folder(folder)["outcome"] == "succeeded"
+    assert json.loads((folder / "artifact" / "certificate.json").read_text())["ok"]
 
 
 @pytest.mark.parametrize("other", ["lora", "full-finetuning"])
