@@ -258,7 +258,7 @@ def same_tensor(name: str, names: Iterable[str]) -> str | None:
 
 def mask_of(model: nn.Module, folder: str, layers: Iterable[str]) -> dict[str, Tensor]:
     """The mask of every named layer of a loaded model: from its folder, or else where its weights are not zero, looked at this once."""
-    weights = {f"{name}.weight": model.get_submodule(name).weight for name in layers}
+    weights = {f"{name}.weight": model.get_parameter(f"{name}.weight") for name in layers}
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     stored = load_masks(Path(folder), shapes) if folder else {}
     masks: dict[str, Tensor] = {}
