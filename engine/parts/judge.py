@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from engine.core.errors import bad_input
 from engine.io.models import base_of
 
-if TYPE_CHECKING:
-    from engine.ops.transform import TransformContext
-
 Batch = Mapping[str, Tensor]
 TOP = 5  # logits of the fine-tuned model that are compared
 
 
 class Judge:
-    """One model in memory and a few batches; `put` exchanges weights, `loss` and `outputs` say what that does."""
+    """One model in memory and a few batches; `put` exchanges weights, `loss` and `outputs` say what that does.
 
-    def __init__(self, ctx: TransformContext, index: int, *, num: int, length: int) -> None:
+    ctx: an engine.ops.work.WorkContext whose recipe has data.
+    """
+
+    def __init__(self, ctx: Any, index: int, *, num: int, length: int) -> None:
         self.task = ctx.task
         self.batches: Sequence[Batch] = ctx.calibration(num, length)
         self.model: nn.Module = ctx.load_model(index).eval()
