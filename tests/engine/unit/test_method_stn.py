@@ -359,6 +359,7 @@ def test_the_schedule_and_the_numbers_of_the_best_checkpoint_are_taken_home(tiny
     payload = load_tensors(folder / "artifact" / "adapter" / "adapter.safetensors")
     config = json.loads((folder / "artifact" / "adapter" / "adapter.json").read_text())
     best = checkpoint.load(folder / "checkpoints" / f"step-{description['best_step']:08d}")
+    assert description["best_step"] < 12  # the numbers have moved on since
     assert torch.equal(payload["knobs.raw"], best.tensors["part/stn.0/parametrization/raw"])
     steps, values = payload["schedule.steps"].tolist(), payload["schedule.values"]
     assert steps == [0, 2, 4, 6, 8, 10, 12] and values.shape == (7, 3)
