@@ -50,7 +50,11 @@ class ScaleLoRA(TrainMethod):
             "A rate that suits LoRA moves every weight by that share of itself; the right rate depends on the model.",
         ),
         figures=(
-            Figure(claim="Close to full retraining at high sparsity, together with the other LoRA variants", paper="abstract; tables unconfirmed", ours="86 % of the jump comes back, 65 % from the published start (stories260k, 60 % deleted by magnitude, 200 steps, 2 seeds)"),
+            Figure(
+                claim="Close to full retraining at high sparsity, together with the other LoRA variants",
+                paper="abstract; tables unconfirmed",
+                ours=""abstract; tables unconfirmed",
+            ),
         ),
         cost=Cost(time=3, memory=2, size=1),
         family="Sparsity",
