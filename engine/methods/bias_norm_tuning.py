@@ -93,7 +93,8 @@ class BiasNormTuning(TrainMethod):
             Figure(
                 claim="Parameters that are enough at moderate sparsity",
                 paper="0.01 to 0.05 % (abstract of later versions)",
-                ours=""0.01 to 0.05 % (abstract of later versions)",
+                ours="0.27 % bring back 40 % of the jump; a Llama has no offsets (stories260k, 60 % deleted by magnitude, "
+                "200 steps, 2 seeds)",
             ),
         ),
         cost=Cost(time=1, memory=1, size=1),

@@ -55,7 +55,8 @@ class BlockReconstruction(TransformMethod):
             Figure(
                 claim="Improves magnitude pruning, Wanda and SparseGPT",
                 paper="abstract; tables unconfirmed",
-                ours=""abstract; tables unconfirmed",
+                ours="block errors fall to 17 to 36 %, 68 % of the loss jump comes back (stories260k, 60 % deleted by "
+                "magnitude, 200 steps a block, 2 seeds)",
             ),
         ),
         cost=Cost(time=3, memory=2, size=5),

@@ -61,7 +61,8 @@ class MagnitudePruning(TransformMethod):
             Figure(
                 claim="Magnitude pruning followed by repair of under 1 % of the weights, against full retraining",
                 paper="on par (abstract)",
-                ours=""on par (abstract)",
+                ours="87 % against 91 % of the loss jump comes back (stories260k, 60 % deleted by magnitude, 200 steps, 2 "
+                "seeds; MaskLoRA of rank 16 is a third of that small model)",
             ),
         ),
         cost=Cost(time=1, memory=1, size=5),

@@ -71,8 +71,8 @@ class PERP(FlowMethod):
         figures=(
             Figure(
                 claim="Share of the loss jump of pruning that comes back", paper="close to full retraining (abstract)",
-                ours="MaskLoRA 87 %, ScaleLoRA 86 %, norms alone 40 %, blocks without any LM loss 68 %, every kept weight 91 % "
-                "(stories260k, 60 % deleted by magnitude, 200 steps, 2 seeds)",
+                ours="MaskLoRA 87 %, ScaleLoRA 86 %, norms alone 40 %, blocks without any LM loss 68 %, every kept weight "
+                "91 % (stories260k, 60 % deleted by magnitude, 200 steps, 2 seeds)",
             ),
             Figure(claim="Parameters retrained on OPT 2.7B to 30B that match full retraining", paper="0.27 to 0.35 % (abstract of the first version)"),
             Figure(claim="Parameters that are enough at moderate sparsity", paper="0.01 to 0.05 % (abstract of later versions)"),

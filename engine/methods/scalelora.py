@@ -53,7 +53,8 @@ class ScaleLoRA(TrainMethod):
             Figure(
                 claim="Close to full retraining at high sparsity, together with the other LoRA variants",
                 paper="abstract; tables unconfirmed",
-                ours=""abstract; tables unconfirmed",
+                ours="86 % of the jump comes back, 65 % from the published start (stories260k, 60 % deleted by magnitude, "
+                "200 steps, 2 seeds)",
             ),
         ),
         cost=Cost(time=3, memory=2, size=1),

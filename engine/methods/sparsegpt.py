@@ -64,7 +64,7 @@ class SparseGPT(TransformMethod):
             Figure(
                 claim="LLaMA-7B at 50 %, perplexity on WikiText",
                 paper="7.22, dense 5.68 (unconfirmed, from the Wanda paper)",
-                ours=""7.22, dense 5.68 (unconfirmed, from the Wanda paper)",
+                ours="loss jump of 2.30 at 60 % and 1.99 at 2:4, magnitude 2.82 and 3.30 (stories260k, 2 seeds)",
             ),
         ),
         cost=Cost(time=3, memory=4, size=5),

@@ -59,7 +59,7 @@ class Wanda(TransformMethod):
             Figure(
                 claim="LLaMA-7B at 50 %, perplexity on WikiText against magnitude pruning",
                 paper="7.26 against 17.29, dense 5.68 (unconfirmed)",
-                ours=""7.26 against 17.29, dense 5.68 (unconfirmed)",
+                ours="loss jump of 2.59 against 2.82 at 60 %, 2.77 against 3.30 at 2:4 (stories260k, 2 seeds)",
             ),
         ),
         cost=Cost(time=2, memory=3, size=5),
