@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ from tests.engine.tiny import metric_rows
 
 pytestmark = pytest.mark.effects
 
-MODULUS, NUM_HARD, STEPS, SEEDS = 7, 48, 150, (1, 2)
+MODULUS, NUM_HARD, STEPS, SEEDS = 7, 48, 150, (1, 2, 3, 4)
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
     "{% else %}{{ ' ' + m['content'] + ' =' }}{% endif %}{% endfor %}"
@@ -47,7 +47,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def row(numbers: tuple[int, int, int], sign: str) -> dict[str, str]:
+def row(numbers: Sequence[int], sign: str) -> dict[str, str]:
     a, b, c = numbers
     return {
         "question": f"{a} {sign} {b} {sign} {c}",
@@ -143,20 +143,21 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict
     def measure(arm: str, seed: int) -> dict[str, float]:
         if (arm, seed) in done:
             return done[arm, seed]
-        if seed not in bases:
-            bases[seed] = tmp_path_factory.mktemp(f"base{seed}")
-            base_model(bases[seed] / "model", seed)
+        base = 1 + seed % 2  # two models and sets of sums, two runs on each
+        if base not in bases:
+            bases[base] = tmp_path_factory.mktemp(f"base{base}")
+            base_model(bases[base] / "model", base)
             every = [
                 n for n in itertools.product(range(MODULUS), repeat=3) if n[2]
             ]  # with c = 0 the hint is the answer
-            random.Random(seed).shuffle(every)
-            (bases[seed] / "data.jsonl").write_text("".join(json.dumps(row(n, "&")) + "\n" for n in every[:NUM_HARD]))
+            random.Random(base).shuffle(every)
+            (bases[base] / "data.jsonl").write_text("".join(json.dumps(row(n, "&")) + "\n" for n in every[:NUM_HARD]))
         slug, params = ARMS[arm]
         folder = tmp_path_factory.mktemp("run")
         settings = {"seed": seed, "max_steps": STEPS, "epochs": 1000, "batch_size": 16, "learning_rate": 1e-3, "max_length": 16,
                     "evaluations": 1, "checkpoint_every": 100_000, "holdout": 0.2}  # fmt: skip
         recipe = parse_recipe({
-            "task": "verifiable", "model": {"source": f"folder:{bases[seed] / 'model'}"}, "data": {"source": f"file:{bases[seed] / 'data.jsonl'}"},
+            "task": "verifiable", "model": {"source": f"folder:{bases[base] / 'model'}"}, "data": {"source": f"file:{bases[base] / 'data.jsonl'}"},
             "methods": [{"slug": "full-finetuning"}, {"slug": slug, "params": {**ROLLOUTS, **params}}], "settings": settings,
         })  # fmt: skip
         run = prepare(require(recipe), folder, EventLog(folder), Control(folder))
@@ -185,17 +186,25 @@ def told(measured: list[dict[str, float]], what: str = "solved") -> str:
     return f"{mean(one[what] for one in measured):.2f} ({', '.join(f'{one[what]:.2f}' for one in measured)}; seeds {', '.join(map(str, SEEDS))})"
 
 
+def verdict(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> str:
+    """Whether ours is higher by more than two standard errors of the paired difference."""
+    apart = [one["solved"] - other["solved"] for one, other in zip(ours, theirs, strict=True)]
+    error = stdev(apart) / len(apart) ** 0.5
+    return "holds" if mean(apart) > 2 * error else "opposite" if mean(apart) < -2 * error else "not seen at this size"
+
+
 def test_hints_where_all_attempts_fail_reach_what_grpo_does_not(study: Any, effect_row: Any) -> None:
     guide, plain = ([study(arm, seed) for seed in SEEDS] for arm in ("Guide", "GRPO"))
     assert all(one["before"] == 0.0 for one in (*guide, *plain))
     effect_row(
-        slug="guide-grpo", baseline="GRPO with the same filter, steps and k", verdict="holds", ours=told(guide), theirs=told(plain),
+        slug="guide-grpo", baseline="GRPO with the same filter, steps and k", verdict=verdict(guide, plain), ours=told(guide), theirs=told(plain),
         behaviour=f"Share of practised sums modulo 7 with base success 0 that are solved without hint after {STEPS} steps",
         paper="up to 4 % macro-average over GRPO at 7B and 32B",
         note=f"Held-out sums of the same kind, which a table learned by heart cannot answer: {told(guide, 'held out')} and "
-        f"{told(plain, 'held out')}. GRPO stays at 0 until a right answer (probability 1e-5) is drawn by luck. Two settings in which Guide "
-        "stayed at 0 (one seed each): answers of two tokens, where the certain end mark fills the percentile; and hinted attempts that fail "
-        "with wrong digits instead of 'unknown', because then nothing lowers the answer that the model gives by itself.",
+        f"{told(plain, 'held out')}. GRPO stays at 0 until a right answer (probability 1e-5) is drawn by luck: in earlier runs of this "
+        "study two of four were lucky and reached 0.32 and 0.55. Two settings in which Guide stayed at 0 (one seed each): answers of two "
+        "tokens, where the certain end mark fills the percentile; and hinted attempts that fail with wrong digits instead of 'unknown', "
+        "because then nothing lowers the answer that the model gives by itself.",
     )  # fmt: skip
     assert all(one["solved"] > 0.3 for one in guide)
     assert mean(one["solved"] for one in guide) > mean(one["solved"] for one in plain) + 0.2
@@ -204,12 +213,11 @@ def test_hints_where_all_attempts_fail_reach_what_grpo_does_not(study: Any, effe
 def test_hints_for_every_problem_cost_more_answers_and_end_lower(study: Any, effect_row: Any) -> None:
     guide, always = ([study(arm, seed) for seed in SEEDS] for arm in ("Guide", "hints always"))
     spent = [mean(one["hinted answers"] for one in arm) for arm in (guide, always)]
-    lower = mean(one["solved"] for one in always) < mean(one["solved"] for one in guide)
     effect_row(
-        slug="guide-grpo", baseline="hints for every problem (retry threshold 1)", verdict="holds" if lower else "not seen at this size",
+        slug="guide-grpo", baseline="hints for every problem (retry threshold 1)", verdict=verdict(guide, always),
         ours=f"{told(guide)}, {spent[0]:,.0f} hinted answers", theirs=f"{told(always)}, {spent[1]:,.0f} hinted answers",
         behaviour=f"Share of practised hard sums solved without hint after {STEPS} steps, and the extra answers written for hints",
-        note="The difference between the arms is small beside that between the seeds; the number of extra answers is exact.",
+        note="The number of extra answers is exact: k for each failed problem only, against k for every problem.",
     )  # fmt: skip
     rounds = guide[0]["answers"] - guide[0]["hinted answers"]
     assert all(one["hinted answers"] == rounds for one in always), "always: one hinted answer for each plain one"
@@ -221,12 +229,11 @@ def test_the_right_old_log_probabilities_matter(study: Any, effect_row: Any) -> 
     guide, wrong = (
         [study(arm, seed) for seed in SEEDS] for arm in ("Guide", "old log-probabilities under the plain prompt")
     )
-    below = [theirs["solved"] < ours["solved"] for ours, theirs in zip(guide, wrong, strict=True)]
     effect_row(
         slug="guide-grpo", baseline="old log-probabilities under the plain prompt (every ratio one at first)", ours=told(guide), theirs=told(wrong),
         behaviour=f"Share of practised hard sums solved without hint after {STEPS} steps, with and without importance correction",
-        verdict="holds" if all(below) else "opposite" if not any(below) else "not seen at this size",
+        verdict=verdict(guide, wrong),
         note="Where one token decides, ratio one is plain imitation of the hinted answer, which is the quickest way to learn a table of sums; "
-        "the corrected ratio starts at 1e-5. The correction's worth, answers that only make sense with the hint, cannot show here.",
+        "the corrected ratio starts at 1e-5. Answers that only make sense with the hint, against which the correction protects, do not exist here.",
     )  # fmt: skip
     assert all(one["solved"] > 0.3 for one in wrong)
