@@ -18,6 +18,7 @@ from engine.io.datasets import guess_shape, inspect, read_rows
 from engine.io.facts import data_facts
 from engine.ops.folder import run_folder
 from engine.tasks import task
+from engine.tasks.base import Row
 from engine.tasks.batching import IGNORED
 from engine.tasks.checkers import as_number, gives_away, is_right, numbers_in, reference_of
 from engine.tasks.verifiable import MAX_MEASURED, TASK, as_problem
@@ -182,7 +183,7 @@ def test_what_is_learned_is_the_solution_and_the_prompt_is_what_is_asked(loaded:
 
 def test_accuracy_and_loss_are_those_of_one_answer_after_the_other(loaded: Any) -> None:
     model, tokenizer, data = loaded
-    rows = [{"question": f"what is {n}", "answer": "nothing"} for n in range(20)]
+    rows: list[Row] = [{"question": f"what is {n}", "answer": "nothing"} for n in range(20)]
     asked = [
         TASK.predictor(model, tokenizer, data).predict([row["question"]], max_new_tokens=6)[0]["text"] for row in rows
     ]
