@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.bench.workbench import random_llama
 from engine.core.recipe import parse_recipe
 from engine.ops.check import require
 from engine.ops.folder import run_folder
+from engine.ops.pretrain import train_tokenizer
 from tests.engine.tiny import lay
 
-SEEDS = (1, 2)
+SEEDS, STEPS = (1, 2), 1200
 THINGS, PLACES = ("lamp", "door", "bell", "boat", "oven", "fan"), ("hall", "yard", "attic", "shed")
 
 
@@ -31,6 +33,20 @@ def call(thing: str, place: str, level: int, wrong: bool) -> dict[str, Any]:
 
 def every(wrong_things: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     return [call(t, p, n, t in wrong_things) for t in THINGS for p in PLACES for n in range(1, 10)]
+
+
+def small_llama(folder: Path, seed: int) -> Path:
+    """Random weights, and a tokenizer for which every word of the requests is a token or two."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer([turn["content"] for row in every() for turn in row["messages"]], 420)
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, intermediate_size=192, num_attention_heads=4, num_key_value_heads=4, vocab_size=len(tokenizer),
+        max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def run(folder: Path, body: dict[str, Any]) -> dict[str, Any]:
@@ -65,12 +81,12 @@ def test_one_round_repairs_a_systematic_error_better_than_more_of_the_same(tmp_p
     for seed in SEEDS:
         home = tmp_path / str(seed)
         home.mkdir()
-        blank = random_llama(home, hidden=64, layers=2, ffn=192, heads=4, vocab=600, positions=256)
+        blank = small_llama(home / "blank", seed)
         first = run(home / "sft", {
             "task": "instruct", "model": {"source": f"folder:{blank}"}, "data": {"source": write(home / "wrong.jsonl", every(("lamp", "door")))},
-            "methods": [{"slug": "full-finetuning"}, {"slug": "clip"}], "settings": settings(seed, max_steps=500, learning_rate=3e-3),
+            "methods": [{"slug": "full-finetuning"}, {"slug": "clip"}], "settings": settings(seed, max_steps=STEPS, learning_rate=3e-3, epochs=500),
         })  # fmt: skip
-        assert first["steps"] == 500
+        assert first["steps"] == STEPS
         model = {"source": f"folder:{home / 'sft' / 'artifact' / 'merged'}"}
         data = {"source": write(home / "right.jsonl", every())}
         flow = {
