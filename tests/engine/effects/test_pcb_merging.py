@@ -193,7 +193,7 @@ def test_memory_of_a_merge_does_not_grow_with_the_model(tmp_path: Path, effect_r
         ours=f"{peaks[48]:.0f} MB",
         theirs=f"{peaks[16]:.0f} MB",
         verdict="holds" if peaks[48] < 1.3 * peaks[16] else "opposite",
-        note="beyond what the warm process holds; all four models together would take 805 MB, the paper's whole-vector form about 3 GB",
+        note="beyond what the warm process holds; all four models together would take 805 MB, five whole matrices of n x d, as the authors' program holds, 3 GB",
     )
     assert peaks[48] < 1.3 * peaks[16] and peaks[48] < 300
 
