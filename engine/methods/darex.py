@@ -88,9 +88,36 @@ class DAREx(TransformMethod):
             "The rows that choose the divisor must not be the final test; the paper's script for decoders used test questions.",
             "In encoders, the paper's code also enlarges word-table changes that were never dropped; here only what is thinned is divided.",
             "Plain DARE loses nothing up to about p = 0.9 and collapses near 0.99 when the changes are large.",
+            "The analytic divisors know only the mean input, and shrink too much where inputs differ: on digits they cost 4 points at p = 0.5, "
+            "where plain DARE costs none. The search is safer.",
             "The learned divisors of the paper (200 steps of distillation) are not offered here.",
         ),
         figures=(
+            Figure(
+                claim="Digits turned by 25 degrees, accuracy at p = 0.99: searched divisor without labels, plain DARE, everything dropped",
+                paper="0.595, 0.184 and 0.504 in an earlier replication",
+                ours="0.586, 0.200 and 0.526 (3 seeds, 3 masks each; full 0.968)",
+            ),
+            Figure(
+                claim="The same at p = 0.95, and at p = 0.5",
+                paper="0.846 against 0.665; no difference, in an earlier replication",
+                ours="0.663 against 0.409; 0.951 against 0.952",
+            ),
+            Figure(
+                claim="The same at p = 0.95 with the analytic divisors: least squares of ours, the paper's bound",
+                paper="not given",
+                ours="0.603 and 0.562; least squares loses where plain DARE loses nothing (0.915 against 0.952 at p = 0.5)",
+            ),
+            Figure(
+                claim="One random layer at p = 0.99: squared output error of plain DARE over that of the best divisor",
+                paper="30 to 100 times",
+                ours="69 times; 113 without any coherence of the rows",
+            ),
+            Figure(
+                claim="Bytes of the delta of a Llama of 260 thousand numbers, dense 1,040,128",
+                paper="not given",
+                ours="676,404 at p = 0.5; 158,327 at 0.9; 93,967 at 0.95; 42,351 at 0.99",
+            ),
             Figure(
                 claim="p = 0.99, encoders, CoLA and SST-2, better divisor against 1 - p",
                 paper="more than 30 points; e.g. 4.25 to 57 and 51 to 88 (unconfirmed)",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
 from engine.core.params import HyperParams, dial
 from engine.parts.merging import PIECE, fits_together, heads_dial, require_count, siblings
 
@@ -44,6 +44,13 @@ class Slerp(TransformMethod):
         traps=(
             "Fine-tuned copies of one base are nearly parallel, so the arc hardly differs from the average: do not expect wonders.",
             "The angle of a tensor is meaningless for tiny tensors such as norms; mixed straight or along the arc, they come out about the same.",
+        ),
+        figures=(
+            Figure(
+                claim="Llama of 260 thousand numbers, a novel and a science book, mean held-out loss of the middle of the arc",
+                paper="not given",
+                ours="2.898, the same as the average (2 seeds)",
+            ),
         ),
         cost=Cost(time=1, memory=1, size=5),
     )

@@ -63,6 +63,16 @@ class TiesMerging(TransformMethod):
         ),
         figures=(
             Figure(
+                claim="Digits, four subsets of classes in one small network, mean accuracy",
+                paper="above the plain sum",
+                ours="0.780; plain sum 0.509, tuned sum 0.860 (3 seeds)",
+            ),
+            Figure(
+                claim="Llama of 260 thousand numbers, a novel and a science book, mean held-out loss",
+                paper="not given",
+                ours="2.916 with half kept; soup 2.898, sum at 1 3.165 (2 seeds)",
+            ),
+            Figure(
                 claim="Eight image tasks, CLIP ViT-B/32, average accuracy",
                 paper="73.6 (as re-measured in a later paper)",
             ),

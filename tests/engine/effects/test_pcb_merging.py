@@ -46,6 +46,14 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
+def verdict(ours: list[float], theirs: list[float]) -> str:
+    """For losses: a difference within the spread of both is none."""
+    gap = statistics.mean(theirs) - statistics.mean(ours)
+    if abs(gap) <= statistics.stdev(ours) + statistics.stdev(theirs):
+        return "not seen at this size"
+    return "holds" if gap > 0 else "opposite"
+
+
 def mean_accuracy(weights: Mapping[str, Tensor], tasks: Mapping[str, Split], part: str) -> float:
     return statistics.mean(accuracy(dict(weights), getattr(split, part)) for split in tasks.values())
 
@@ -193,7 +201,7 @@ def test_memory_of_a_merge_does_not_grow_with_the_model(tmp_path: Path, effect_r
         ours=f"{peaks[48]:.0f} MB",
         theirs=f"{peaks[16]:.0f} MB",
         verdict="holds" if peaks[48] < 1.3 * peaks[16] else "opposite",
-        note="beyond what the warm process holds; all four models together would take 805 MB, the paper's whole-vector form about 3 GB",
+        note="beyond what the warm process holds; all four models together would take 805 MB, five whole matrices of n x d, as the authors' program holds, 3 GB",
     )
     assert peaks[48] < 1.3 * peaks[16] and peaks[48] < 300
 
@@ -285,7 +293,7 @@ def test_a_novel_and_a_science_book_in_one_llama(
             baseline=f"{slug}: {rival}",
             ours=f"{spread(found[pcb])} (seeds 1, 2)",
             theirs=spread(found[rival]),
-            verdict="holds" if mean[pcb] < mean[rival] else "opposite",
+            verdict=verdict(found[pcb], found[rival]),
             note="r and k: the best of those tried, on the rows shown; "
             + "; ".join(f"{way} {value:.3f}" for way, value in mean.items()),
         )
@@ -296,7 +304,7 @@ def test_a_novel_and_a_science_book_in_one_llama(
         baseline="the better of the two fine-tuned models",
         ours=f"{spread(found['soup'])} (seeds 1, 2)",
         theirs=f"{alone:.3f}",
-        verdict="holds" if mean["soup"] < alone else "opposite",
+        verdict="holds" if max(found["soup"]) < alone else "not seen at this size",
         note="; ".join(
             f"{way}: {', '.join(f'{k} {v:.3f}' for k, v in losses.items())}" for way, losses in each.items()
         ),

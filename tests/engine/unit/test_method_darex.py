@@ -449,3 +449,32 @@ def test_refusals(tiny: Tiny, tmp_path: Path) -> None:
     assert fault.where == "methods[0].params.q"
     three = {**recipe, "models": [source, source], "methods": [{"slug": "darex"}]}
     assert [fault.code for fault in check(parse_recipe(three)).faults] == ["wrong_number"]
+
+
+def test_a_fine_tuned_encoder_in_a_job(tiny: Tiny, tmp_path: Path) -> None:
+    """The base has no classifier and other names than the fine-tuned model; the result is a whole classifier again."""
+    from engine.ops.folder import run_folder
+    from tests.engine.tiny import lay
+
+    trained = lay(tmp_path / "trained", tiny.recipe([("full-finetuning", {})], task="classify", evaluations=1))
+    assert run_folder(trained)["outcome"] == "succeeded"
+    tuned = trained / "artifact" / "merged"
+    for slug, params in (
+        ("darex", {"drop": 0.5, "rescale": "outputs", "tries": 2, "masks": 1, "rows": 16, "row_length": 32}),
+        ("task-arithmetic", {"scale": 1.0, "heads": "first"}),
+    ):
+        recipe = {
+            **tiny.inputs("classify"), "operation": "transform", "models": [{"source": f"folder:{tuned}"}],
+            "methods": [{"slug": slug, "params": params}], "settings": {"max_length": 48},
+        }  # fmt: skip
+        folder = lay(tmp_path / slug, parse_recipe(recipe))
+        outcome = run_folder(folder)
+        assert outcome["outcome"] == "succeeded", outcome
+        before, after = (load_file(where / "model.safetensors") for where in (tuned, folder / "artifact" / "merged"))
+        assert before.keys() == after.keys() and torch.equal(before["classifier.weight"], after["classifier.weight"])
+        report = json.loads((folder / "artifact" / "artifact.json").read_text())["report"]
+        if slug == "darex":
+            assert report["control"]["fine_tuned"]["distance"] == 0 < report["control"]["result"]["distance"]
+            assert any(not torch.equal(before[name], after[name]) for name in before)
+        else:
+            assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
