@@ -1,4 +1,4 @@
-"""Headers that every answer carries, whether it is a page, an error or a file."""
+"""Headers that every answer carries, whether it is a page, an error or a file; and pages that travel compressed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.conf import settings
 from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+from django.middleware.gzip import GZipMiddleware
 
 Answer = HttpResponse | Awaitable[HttpResponse]
 
@@ -47,3 +49,15 @@ class SecurityHeaders:
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         response.headers.setdefault("Cache-Control", "private, no-cache")
         return response
+
+
+class CompressPages(GZipMiddleware):
+    """Pages travel compressed. Nothing else does: downloads have ranges and tags that compression would break. Django adds random bytes to each
+    answer, and CSRF tokens are masked anew each time, so that lengths tell nothing about secrets (BREACH)."""
+
+    def process_response(self, request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
+        kind = response.get("Content-Type", "")
+        if response.streaming or not kind.startswith("text/html"):
+            return response
+        compressed: HttpResponseBase = super().process_response(request, response)
+        return compressed

@@ -107,7 +107,7 @@ def test_nothing_sticks_out(new_visitor: NewVisitor, width: int) -> None:
 
 
 def test_pages_are_light_and_still(new_visitor: NewVisitor) -> None:
-    """The first visit, nothing in the cache: bytes and requests of markup, styles and scripts, without charts, letters and htmx, nothing compressed."""
+    """The first visit, nothing in the cache: bytes and requests of markup, styles and scripts, without charts, letters and htmx; pages travel compressed."""
     for address in PAGES:
         context = new_visitor()
         page = context.new_page()
