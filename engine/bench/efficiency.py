@@ -1,4 +1,4 @@
-"""Every method in one row; our loop against a bare torch loop and transformers' Trainer: one process, interleaved."""
+"""PaCA, HFT and full against peft's LoRA; our loop against a bare torch loop and transformers' Trainer: one process, interleaved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.bench.every_method import sections as every_method
 from engine.bench.measure import Timing, interleave, ratio_interval, saved_bytes
 from engine.bench.report import Section, Study
 from engine.bench.workbench import Workbench, forward, random_llama, step, story_file
@@ -37,7 +36,7 @@ def measure() -> list[Section]:
     logging.disable(logging.WARNING)
     bench = Workbench()
     try:
-        return [*every_method(bench), *_adapters(bench), _loop(bench)]
+        return [*_adapters(bench), _loop(bench)]
     finally:
         bench.close()
 
@@ -379,4 +378,4 @@ def _timed(action: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-STUDY = Study(name="efficiency", page="efficiency.md", minutes=14, quick=True, seed=17, run=measure)
+STUDY = Study(name="adapters", page="adapters.md", minutes=6, quick=True, seed=17, run=measure)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import time
 from pathlib import Path
 from typing import Any
 
 from engine.bench.measure import interleave, ratio_interval, saved_bytes
-from engine.bench.report import Section
+from engine.bench.report import Section, Study
 from engine.bench.workbench import Workbench, forward, random_llama, step
 from engine.core.method import TrainMethod, TransformMethod
 from engine.core.registry import catalogue
 from engine.core.slots import Slot
 from engine.starters import dialogues
-from engine.train.run import Run
+from engine.train.run import Run, set_threads
 from engine.train.trainables import optimizer_bytes
 
-ROUNDS = 9
+ROUNDS = 5
 COMMON: list[tuple[str, dict[str, Any]]] = [("adamw", {}), ("constant", {}), ("clip", {})]
 LORA = {"alpha": 16, "targets": "all-linear"}
 SHAPE = {"hidden": 384, "layers": 6, "ffn": 1024, "heads": 6}
@@ -40,6 +41,7 @@ def learners(bench: Workbench, data: str) -> Section:
             continue
         if method.needs.tasks and "causal_lm" not in method.needs.tasks:
             continue
+        print(f"  {slug}", flush=True)
         run = bench.run(bench.recipe(model, data, [(slug, {}), *_common(method)], **SETTINGS))
         count = run.trainables.num_elements()
         rank = _rank(bench, model, data, count)
@@ -68,6 +70,7 @@ def others(bench: Workbench) -> Section:
         data = task_data(bench, task)
         if data is None:
             continue
+        print(f"  {slug}", flush=True)
         model = f"folder:{random_llama(bench.folder, **SHAPE)}"
         base = [("lora", {"r": 8, **LORA})]
         plain = [item for item in COMMON if item[0] != slug and not _same_slot(item[0], method)]
@@ -225,6 +228,15 @@ def _copy_seconds(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def sections(bench: Workbench) -> list[Section]:
+def measure() -> list[Section]:
     """All three tables."""
-    return [learners(bench, str(task_data(bench, "causal_lm"))), others(bench), transforms(bench)]
+    set_threads()
+    logging.disable(logging.WARNING)
+    bench = Workbench()
+    try:
+        return [learners(bench, str(task_data(bench, "causal_lm"))), others(bench), transforms(bench)]
+    finally:
+        bench.close()
+
+
+STUDY = Study(name="efficiency", page="efficiency.md", minutes=10, quick=True, seed=17, run=measure)

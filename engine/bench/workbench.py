@@ -89,6 +89,7 @@ class Workbench:
         folder.mkdir()
         run = prepare(require(recipe), folder, EventLog(folder), Control(folder))
         run.model.train()
+        run.begin()
         return run
 
     def close(self) -> None:
