@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -96,12 +95,12 @@ def others(bench: Workbench) -> Section:
 
 
 def transforms(bench: Workbench) -> Section:
-    """Transformations: seconds and the peak of memory, beside reading and writing the same weights once."""
+    """Transformations: seconds, beside reading and writing the same weights once."""
     from engine.ops.folder import run_folder
 
     section = Section(
         title="Methods that make new weights",
-        columns=("method", "models", "seconds", "/ copying the weights once", "result, MB", "peak memory of the process, MB"),
+        columns=("method", "models", "seconds", "/ copying the weights once", "result, MB"),
         intro="The whole job on a Llama of 13 M (with the other models made by moving its weights a little), evaluation and certificate left out "
         "where no data are needed. One run each: these are sizes, not races.",
     )  # fmt: skip
@@ -128,12 +127,9 @@ def transforms(bench: Workbench) -> Section:
         start = time.perf_counter()
         result = run_folder(folder)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         size = sum(path.stat().st_size for path in (folder / "artifact").rglob("*.safetensors")) / 1e6
         said = f"{seconds:.1f}" if result["outcome"] == "succeeded" else result["message"][:80]
-        section.rows.append(
-            (method.card.title, str(count), said, f"{seconds / copying:.0f}", f"{size:.1f}", f"{peak:.0f}")
-        )
+        section.rows.append((method.card.title, str(count), said, f"{seconds / copying:.0f}", f"{size:.1f}"))
     return section
 
 

@@ -121,7 +121,8 @@ class PSMT(PredictMethod):
             "The example configurations of the released program name another method (CoTTA); its numbers must not be taken for this one.",
             "At the sizes measured here the plain mean teacher and a random restore of 1 % were better than either form.",
         ),
-        figures=(Figure(claim="ImageNet-C, CIFAR-C, error under changing corruption", paper="best of the methods compared (abstract; unconfirmed)"),),
+        figures=(Figure(claim="ImageNet-C, CIFAR-C, error under changing corruption", paper="best of the methods compared (abstract; unconfirmed)",
+                ours="digits under six corruptions, right answers: frozen 52 %, batch statistics 81 %, code form 82 %, mean teacher 83 %, CoTTA's restore 83 %"),),
         cost=Cost(time=4, memory=5, size=5),
         family="Serving",
     )  # fmt: skip

@@ -16,7 +16,7 @@ from engine.ops.folder import run_folder
 from engine.ops.pretrain import train_tokenizer
 from tests.engine.tiny import lay
 
-SEEDS, STEPS = (1, 2), 1200
+SEEDS, STEPS = (1, 2), 900
 THINGS, PLACES = ("lamp", "door", "bell", "boat", "oven", "fan"), ("hall", "yard", "attic", "shed")
 
 
