@@ -70,13 +70,35 @@ class LST(TrainMethod):
         ),
         figures=(
             Figure(
-                claim="Training memory against full fine-tuning, similar share of parameters", paper="-69 % (abstract)"
+                claim="Training memory against full fine-tuning, similar share of parameters",
+                paper="-69 % (abstract)",
+                ours="-80 % of what is remembered for backward (Llama, 12 layers of width 128, k = 8)",
             ),
-            Figure(claim="The same for other parameter-efficient methods", paper="-26 % (abstract)"),
+            Figure(
+                claim="The same for LoRA or adapters",
+                paper="-26 % (abstract)",
+                ours="-9 %; so LST remembers 0.22 of what LoRA does, and 0.24 on MiniLM",
+            ),
+            Figure(
+                claim="Share of numbers that learn",
+                paper="1 to 2 % (unconfirmed)",
+                ours="1.4 % of MiniLM with its classifier; 2.8 % of the blocks of the 12-layer Llama",
+            ),
             Figure(claim="T5-base memory: full, adapters or LoRA, LST", paper="17.6, about 13, 5.5 GB (unconfirmed)"),
             Figure(
-                claim="GLUE with T5-base",
-                paper="a little below LoRA when memory is free, above it when memory is short (cells unconfirmed)",
+                claim="Quality against LoRA",
+                paper="GLUE, T5-base: a little below when memory is free, above when it is short (unconfirmed)",
+                ours="right or wrong grammar, MiniLM: 0.816, LoRA 0.869, linear probe 0.620: 79 % of LoRA's gain (2 seeds)",
+            ),
+            Figure(
+                claim="The rungs: every layer against the last state alone",
+                paper="rungs help (unconfirmed)",
+                ours="0.816 against 0.621, the same task",
+            ),
+            Figure(
+                claim="Start by Fisher pruning against a random start",
+                paper="better (unconfirmed)",
+                ours="held-out loss after 100 steps 3.47 against 3.59 (stories model on Shakespeare; by weights 3.51)",
             ),
         ),
         cost=Cost(time=2, memory=1, size=2),

@@ -47,7 +47,7 @@ MOMENTS: tuple[Moment, ...] = (
     Moment(
         slot=Slot.PARAMETRIZATION,
         hook="attach",
-        when="once: may replace modules and freeze weights; step-0 outputs stay equal to the base",
+        when="once: may replace modules and freeze weights; step-0 outputs stay equal to the base, unless a choice on the card says otherwise",
     ),
     Moment(slot=Slot.PARAMETRIZATION, hook="trainables", when="once after every attach: names what learns"),
     Moment(slot=Slot.OPTIMIZER, hook="build", when="once, after all trainables are known"),

