@@ -39,7 +39,11 @@ def _page(rows: list[Row]) -> str:
         "Command: `make effects` (all of them; long), or `make effects ARGS='-k sara'`. Each row is written by the study named in "
         "`effects.jsonl`, with its commit, date and machine. Seeds stand beside the numbers.",
         "",
-        f"{held} of {len(rows)} promised effects hold at this size. The others stay in the table, with what was tried; nothing was tuned until it agreed.",
+        f"{held} of {len(rows)} promised effects hold at this size. The others stay in the table, with what was tried.",
+        "",
+        "Read them as small studies: few seeds, small models. Rates were picked from a few values, partly on seeds that are reported too (increlora, the pruning "
+        "and repair rows, said), and some set-ups were changed after a first form had shown nothing (guide-grpo, increlora, stn, lst, pcb-merging). Only a set-up "
+        "fixed beforehand would prove an effect.",
         "",
     ]
     for slug in dict.fromkeys(row["slug"] for row in rows):
