@@ -101,12 +101,9 @@ def found(user: User, asked: str) -> list[dict[str, Any]]:
         for plant in garden.plants()
         if all(word in f"{plant.title} {plant.slug} {plant.pick_when} {plant.paper}".lower() for word in low)
     ]
-    # The one that is called exactly so comes first, then those whose name begins with it.
+    # The one that is called exactly so comes first, then those whose title begins with it.
     methods.sort(
-        key=lambda plant: (
-            asked.lower() not in (plant.slug, plant.title.lower()),
-            not plant.slug.startswith(asked.lower()),
-        )
+        key=lambda plant: (plant.title.lower() != asked.lower(), not plant.title.lower().startswith(asked.lower()))
     )
     terms = [
         {"title": term[:1].upper() + term[1:], "sentence": sentence}
