@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.core.method import Card, Cost, Figure, TrainMethod
-from engine.core.params import HyperParams, dial
+from engine.core.params import dial
 from engine.core.slots import Slot
-from engine.parts.optimizers import kernel
+from engine.parts.optimizers import Moments, kernel
 from engine.train.parts import OptimizerFactory, PartContext, Remap
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class AdamR(TrainMethod):
     slots = (Slot.OPTIMIZER,)
     presets = {"tiny": {"pull": 0.1}, "paper": {"pull": 0.01}}
 
-    class Params(HyperParams):
+    class Params(Moments):
         """Hyperparameters of AdamR."""
 
         pull: float = dial(
@@ -169,33 +169,6 @@ class AdamR(TrainMethod):
             "L2",
             label="Kind of pull",
             help="'L2' pulls far-off weights more, for random dropping; 'L1' pulls all alike and brings many back exactly, for keeping the largest changes.",
-        )
-        beta1: float = dial(
-            0.9,
-            label="Memory of the direction",
-            unit="1",
-            low=0.0,
-            high=0.9999,
-            paper=0.9,
-            help="How long the direction of earlier steps is remembered; closer to 1 is longer.",
-        )
-        beta2: float = dial(
-            0.999,
-            label="Memory of the size",
-            unit="1",
-            low=0.0,
-            high=0.999999,
-            paper=0.999,
-            help="How long the size of earlier gradients is remembered; closer to 1 is longer.",
-        )
-        eps: float = dial(
-            1e-8,
-            label="Smallest divisor",
-            unit="1",
-            low=1e-16,
-            high=1.0,
-            paper=1e-8,
-            help="Keeps the division from exploding where gradients are nearly zero.",
         )
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:

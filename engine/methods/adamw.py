@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.core.method import Card, Cost, Figure, TrainMethod
-from engine.core.params import HyperParams, dial
+from engine.core.params import dial
 from engine.core.slots import Slot
-from engine.parts.optimizers import decay_groups, kernel
+from engine.parts.optimizers import Moments, decay_groups, kernel
 from engine.train.parts import OptimizerFactory, PartContext
 
 if TYPE_CHECKING:
@@ -69,36 +69,9 @@ class AdamW(TrainMethod):
     default = True
     presets = {"tiny": {}, "paper": {"weight_decay": 0.01}}
 
-    class Params(HyperParams):
+    class Params(Moments):
         """Hyperparameters of AdamW."""
 
-        beta1: float = dial(
-            0.9,
-            label="Memory of the direction",
-            unit="1",
-            low=0.0,
-            high=0.9999,
-            paper=0.9,
-            help="How long the direction of earlier steps is remembered; closer to 1 is longer.",
-        )
-        beta2: float = dial(
-            0.999,
-            label="Memory of the size",
-            unit="1",
-            low=0.0,
-            high=0.999999,
-            paper=0.999,
-            help="How long the size of earlier gradients is remembered; closer to 1 is longer.",
-        )
-        eps: float = dial(
-            1e-8,
-            label="Smallest divisor",
-            unit="1",
-            low=1e-16,
-            high=1.0,
-            paper=1e-8,
-            help="Keeps the division from exploding where gradients are nearly zero.",
-        )
         weight_decay: float = dial(
             0.0,
             label="Pull towards zero",

@@ -11,20 +11,19 @@ from torch import Tensor
 
 from engine.core.errors import EngineError, Fault, bad_input
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure
 from engine.core.params import HyperParams, dial
 from engine.parts.delta_codec import FOLDER, Change, DeltaWriter, Drawn, num_bytes
 from engine.parts.divisors import bound_divisors, optimal_divisors, search_divisor
 from engine.parts.judge import Judge
 from engine.parts.merging import (
     Family,
+    MergeMethod,
     copy_settings,
     descendants,
-    fits_together,
     kept_mask,
     layer_of,
     part_of,
-    require_count,
 )
 
 if TYPE_CHECKING:
@@ -53,8 +52,10 @@ class Work:
     divisors: dict[str, float | Tensor] = field(default_factory=dict)
 
 
-class DAREx(TransformMethod):
+class DAREx(MergeMethod):
     """theta = theta_base + mask * (theta_tuned - theta_base) / q."""
+
+    order = "the model is the base, the further model was fine-tuned from it"
 
     num_models = (2, 2)
     presets = {"tiny": {"drop": 0.5}, "paper": {"drop": 0.99, "rescale": "outputs"}}
@@ -246,12 +247,6 @@ class DAREx(TransformMethod):
         )
 
     @classmethod
-    def supports(cls, facts: Facts) -> Verdict:
-        """The models must have the same layers."""
-        verdict = super().supports(facts)
-        return fits_together(facts, cls.card.title) if verdict.ok else verdict
-
-    @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         """Choosing the divisor by answers needs rows; a divisor below the kept share enlarges too much."""
         faults = [_NO_DATA] if params.rescale in _WITH_DATA and facts.data.num_rows == 0 else []
@@ -261,9 +256,7 @@ class DAREx(TransformMethod):
 
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write the thinned model and its delta. inputs[0] is the base, inputs[1] the fine-tuned model."""
-        require_count(
-            inputs, *self.num_models, self.card.title, "the model is the base, the further model was fine-tuned from it"
-        )
+        self.require_models(inputs)
         if self.params.rescale == "fixed" and self.params.q < (1 - self.params.drop) * (1 - 1e-9):
             raise EngineError(_too_small(self.params))
         family = descendants(inputs, ctx, heads="first")

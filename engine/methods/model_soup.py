@@ -10,26 +10,25 @@ from torch import Tensor
 
 from engine.core.errors import Fault, bad_input
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure
 from engine.core.params import HyperParams, dial
 from engine.parts.merging import (
+    MergeMethod,
     count_fault,
-    fits_together,
     heads_dial,
     numbers_text,
     per_model,
-    require_count,
     siblings,
 )
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
 
-_ORDER = "any; the first model gives configuration and tokenizer"
 
-
-class ModelSoup(TransformMethod):
+class ModelSoup(MergeMethod):
     """theta = sum_i w_i theta_i."""
+
+    order = "any; the first model gives configuration and tokenizer"
 
     num_models = (2, None)
     presets = {"tiny": {}, "paper": {}}
@@ -85,19 +84,13 @@ class ModelSoup(TransformMethod):
         _numbers = field_validator("weights")(numbers_text)
 
     @classmethod
-    def supports(cls, facts: Facts) -> Verdict:
-        """The models must have the same layers."""
-        verdict = super().supports(facts)
-        return fits_together(facts, cls.card.title) if verdict.ok else verdict
-
-    @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         """As many numbers as models."""
         return count_fault(params.weights, facts, "weights", base=False)
 
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write the average of all inputs."""
-        require_count(inputs, *self.num_models, self.card.title, _ORDER)
+        self.require_models(inputs)
         family = siblings(inputs, ctx, heads=self.params.heads)
         weights = per_model(self.params.weights, inputs, "params.weights", 1.0)
         if self.params.normalize:

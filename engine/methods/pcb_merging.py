@@ -11,20 +11,19 @@ from torch import Tensor
 
 from engine.core.errors import EngineError, Fault
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure
 from engine.core.params import HyperParams, dial
 from engine.parts.competition import Balance, balance
 from engine.parts.judge import Judge, evolve
 from engine.parts.merging import (
     PIECE,
     Family,
+    MergeMethod,
     count_fault,
     descendants,
-    fits_together,
     heads_dial,
     numbers_text,
     per_model,
-    require_count,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ _EMPTY_RANGE = Fault(
 )
 
 
-class PCBMerging(TransformMethod):
+class PCBMerging(MergeMethod):
     """theta = theta_base + sum_i lambda_i c_i w_i / sum_i w_i."""
 
     num_models = (2, None)
@@ -212,12 +211,6 @@ class PCBMerging(TransformMethod):
         _numbers = field_validator("scales")(numbers_text)
 
     @classmethod
-    def supports(cls, facts: Facts) -> Verdict:
-        """The models must have the same layers."""
-        verdict = super().supports(facts)
-        return fits_together(facts, cls.card.title) if verdict.ok else verdict
-
-    @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         """As many strengths as models; a search needs data and a range."""
         faults = count_fault(params.scales, facts, "scales", base=True)
@@ -229,12 +222,7 @@ class PCBMerging(TransformMethod):
 
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write base + fused changes. inputs[0] is the base."""
-        require_count(
-            inputs,
-            *self.num_models,
-            self.card.title,
-            "the model is the base, the further models are fine-tuned from it",
-        )
+        self.require_models(inputs)
         family = descendants(inputs, ctx, heads=self.params.heads)
         scales = per_model(self.params.scales, family.models, "params.scales", self.params.scale)
         whole = self._balance(family, None) if self.params.scope == "model" else None

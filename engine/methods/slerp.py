@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure
 from engine.core.params import HyperParams, dial
-from engine.parts.merging import PIECE, fits_together, heads_dial, require_count, siblings
+from engine.parts.merging import PIECE, MergeMethod, heads_dial, siblings
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
@@ -20,8 +19,10 @@ if TYPE_CHECKING:
 _PARALLEL = 0.9995  # above this cosine an arc is a straight line, and sin(angle) in the divisor is nearly zero
 
 
-class Slerp(TransformMethod):
+class Slerp(MergeMethod):
     """theta = sin((1-t) a)/sin(a) theta_0 + sin(t a)/sin(a) theta_1, a the angle between the two."""
+
+    order = "the model is share 0, the further model share 1"
 
     num_models = (2, 2)
     presets = {"tiny": {}, "paper": {"t": 0.5}}
@@ -74,15 +75,9 @@ class Slerp(TransformMethod):
         )
         heads: Literal["refuse", "first"] = heads_dial("refuse", "first")
 
-    @classmethod
-    def supports(cls, facts: Facts) -> Verdict:
-        """The models must have the same layers."""
-        verdict = super().supports(facts)
-        return fits_together(facts, cls.card.title) if verdict.ok else verdict
-
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write the blend of two models."""
-        require_count(inputs, *self.num_models, self.card.title, "the model is share 0, the further model share 1")
+        self.require_models(inputs)
         family = siblings(inputs, ctx, heads=self.params.heads)
         t = self.params.t
         straight: set[str] = set()

@@ -10,24 +10,23 @@ from torch import Tensor
 
 from engine.core.errors import Fault
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure
 from engine.core.params import HyperParams, dial
 from engine.parts.merging import (
+    MergeMethod,
     count_fault,
     descendants,
-    fits_together,
     heads_dial,
     kept_mask,
     numbers_text,
     per_model,
-    require_count,
 )
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
 
 
-class TaskArithmetic(TransformMethod):
+class TaskArithmetic(MergeMethod):
     """theta = theta_base + lambda * sum_i w_i (theta_i - theta_base)."""
 
     num_models = (2, None)
@@ -106,24 +105,13 @@ class TaskArithmetic(TransformMethod):
         _numbers = field_validator("weights")(numbers_text)
 
     @classmethod
-    def supports(cls, facts: Facts) -> Verdict:
-        """The models must have the same layers."""
-        verdict = super().supports(facts)
-        return fits_together(facts, cls.card.title) if verdict.ok else verdict
-
-    @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         """As many numbers as models."""
         return count_fault(params.weights, facts, "weights", base=True)
 
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write base + scaled sum of the changes. inputs[0] is the base."""
-        require_count(
-            inputs,
-            *self.num_models,
-            self.card.title,
-            "the model is the base, the further models are fine-tuned from it",
-        )
+        self.require_models(inputs)
         family = descendants(inputs, ctx, heads=self.params.heads)
         weights = per_model(self.params.weights, family.models, "params.weights", 1.0) * self.params.scale
         drop, seed = self.params.drop, self.params.drop_seed

@@ -11,27 +11,26 @@ from torch import Tensor
 
 from engine.core.errors import Fault
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, TransformMethod, Verdict
+from engine.core.method import Card, Cost, Figure
 from engine.core.params import HyperParams, dial
 from engine.parts.merging import (
     PIECE,
     Family,
+    MergeMethod,
     count_fault,
     descendants,
-    fits_together,
     heads_dial,
     kept_mask,
     numbers_text,
     order_statistics,
     per_model,
-    require_count,
 )
 
 if TYPE_CHECKING:
     from engine.ops.transform import ModelFolder, OutFolder, TransformContext
 
 
-class TiesMerging(TransformMethod):
+class TiesMerging(MergeMethod):
     """theta = theta_base + lambda * mean of the trimmed changes whose sign won."""
 
     num_models = (2, None)
@@ -133,24 +132,13 @@ class TiesMerging(TransformMethod):
         _numbers = field_validator("weights")(numbers_text)
 
     @classmethod
-    def supports(cls, facts: Facts) -> Verdict:
-        """The models must have the same layers."""
-        verdict = super().supports(facts)
-        return fits_together(facts, cls.card.title) if verdict.ok else verdict
-
-    @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         """As many numbers as models."""
         return count_fault(params.weights, facts, "weights", base=True)
 
     def apply(self, inputs: Sequence[ModelFolder], out: OutFolder, ctx: TransformContext) -> None:
         """Write base + scaled mean of the changes that agree. inputs[0] is the base."""
-        require_count(
-            inputs,
-            *self.num_models,
-            self.card.title,
-            "the model is the base, the further models are fine-tuned from it",
-        )
+        self.require_models(inputs)
         p = self.params
         family = descendants(inputs, ctx, heads=p.heads)
         weights = per_model(p.weights, family.models, "params.weights", 1.0)

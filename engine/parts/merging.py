@@ -10,14 +10,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from engine.core.errors import Fault, bad_input
 from engine.core.facts import Facts
-from engine.core.method import Verdict
+from engine.core.method import TransformMethod, Verdict
 from engine.core.params import dial
 from engine.io.tensors import tensor_hash
 from engine.train.parts import seeded
@@ -321,6 +321,22 @@ def copy_settings(source: Path, target: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix in _SETTINGS and file.name not in _NOT_SETTINGS:
             shutil.copyfile(file, target / file.name)
+
+
+class MergeMethod(TransformMethod):
+    """What every merge asks of its models: equal layers, and as many of them as it takes."""
+
+    order: ClassVar[str] = "the model is the base, the further models are fine-tuned from it"  # which model goes where
+
+    @classmethod
+    def supports(cls, facts: Facts) -> Verdict:
+        """The models must have the same layers."""
+        verdict = super().supports(facts)
+        return fits_together(facts, cls.card.title) if verdict.ok else verdict
+
+    def require_models(self, inputs: Sequence[ModelFolder]) -> None:
+        """Refuse a wrong number of models."""
+        require_count(inputs, *self.num_models, self.card.title, self.order)
 
 
 def fits_together(facts: Facts, title: str) -> Verdict:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from engine.core.facts import ModelFacts
+from engine.core.params import HyperParams, dial
 
 _FUSED = {"cpu", "cuda"}
 
@@ -32,6 +33,38 @@ def full_rate(model: ModelFacts) -> float:
 def let_decay(parameter: nn.Parameter) -> None:
     """Mark a vector that stands for entries of a matrix: it decays like the matrix would."""
     parameter.decays = True  # type: ignore[attr-defined]
+
+
+class Moments(HyperParams):
+    """How an optimizer of the Adam family remembers: direction, size, and the smallest divisor."""
+
+    beta1: float = dial(
+        0.9,
+        label="Memory of the direction",
+        unit="1",
+        low=0.0,
+        high=0.9999,
+        paper=0.9,
+        help="How long the direction of earlier steps is remembered; closer to 1 is longer.",
+    )
+    beta2: float = dial(
+        0.999,
+        label="Memory of the size",
+        unit="1",
+        low=0.0,
+        high=0.999999,
+        paper=0.999,
+        help="How long the size of earlier gradients is remembered; closer to 1 is longer.",
+    )
+    eps: float = dial(
+        1e-8,
+        label="Smallest divisor",
+        unit="1",
+        low=1e-16,
+        high=1.0,
+        paper=1e-8,
+        help="Keeps the division from exploding where gradients are nearly zero.",
+    )
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

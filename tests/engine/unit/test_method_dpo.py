@@ -142,14 +142,6 @@ def test_the_kinds_of_loss_against_their_formulas() -> None:
         assert float(got) == pytest.approx(-0.8 * math.log(p) - 0.2 * math.log(1 - p), rel=1e-5)
 
 
-def test_the_formula_agrees_with_trl() -> None:
-    """The sigmoid loss of trl's trainer: -logsigmoid(beta * (pi - ref)), with its own label smoothing."""
-    pi, ref = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
-    logits = pi - ref
-    theirs = -functional.logsigmoid(0.3 * logits) * 0.9 - functional.logsigmoid(-0.3 * logits) * 0.1
-    assert torch.allclose(dpo_losses(logits, beta=0.3, kind="sigmoid", label_smoothing=0.1), theirs)
-
-
 @pytest.mark.parametrize("slug", ["dpo", "simpo"])
 def test_cutting_the_batch_changes_nothing(tiny: Tiny, tmp_path: Path, slug: str) -> None:
     rows = []
