@@ -148,9 +148,11 @@ class Feed {
 
 /** The sentences of the page. The server writes them, so that there is one truth; only what has changed is replaced. */
 class Parts {
-  constructor(root, address) {
-    Object.assign(this, { root, address });
+  constructor(root, address, onStatus) {
+    Object.assign(this, { root, address, onStatus });
     this.timer = null;
+    this.loading = false;
+    this.again = false; // something happened while an answer was under way, which may not know of it
     this.shown = 0;
     this.milestone = root.dataset.milestone;
     document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible" && this.late) this.refresh(); });
@@ -158,17 +160,21 @@ class Parts {
 
   refresh() {
     this.late = document.visibilityState !== "visible";
+    this.again = this.loading;
     if (this.late || this.timer !== null) return;
     this.timer = setTimeout(() => this.load(), Math.max(0, this.shown + REFRESH_MS - performance.now()));
   }
 
   async load() {
+    this.loading = true;
     try {
       const response = await fetch(this.address, { headers: { Accept: "text/html" } });
       if (response.ok && !response.redirected) this.show(await response.text());
     } catch { /* The line beside the curve says that the studio does not answer. */ } finally {
       this.shown = performance.now();
       this.timer = null;
+      this.loading = false;
+      if (this.again) this.refresh();
     }
   }
 
@@ -191,6 +197,7 @@ class Parts {
       bonsai.announce(state.says);
     }
     this.root.dataset.status = state.status;
+    this.onStatus(state.status);
   }
 }
 
@@ -264,7 +271,14 @@ function begin(root) {
   const curves = new Curves();
   const over = LAST_WORDS.includes(status);
   const chart = new RunChart(root.querySelector("#plot"), curves, { window: Number(early), totalSteps: Number(total), ended: over });
-  const sentences = new Parts(root, parts);
+  const ended = () => {
+    if (chart.ended) return;
+    chart.ended = true;
+    feed.stop();
+    chart.request();
+  };
+  // The end may also be among what came with the curves, as no event of its own.
+  const sentences = new Parts(root, parts, (now) => { if (LAST_WORDS.includes(now)) (feed.ask() ?? Promise.resolve()).finally(ended); });
   let hovered = false;
   chart.onread = (values) => { hovered = values !== null; showReadouts(figure, values ?? newest(curves)); };
   controls(figure, chart);
@@ -280,6 +294,7 @@ function begin(root) {
     onSeries(answer) {
       curves.read(answer);
       drawn();
+      if (!over) sentences.refresh(); // what happened before these curves is in them, and no event will tell of it
     },
     onEvents(batch) {
       let changed = false;
@@ -288,11 +303,7 @@ function begin(root) {
         if (event.kind === "child" && event.data.total_steps) chart.totalSteps = event.data.total_steps;
         if (event.kind === "progress") showProgress(root, event.data);
         if (event.kind !== "metric") sentences.refresh();
-        if (event.kind === "status" && LAST_WORDS.includes(event.data.to)) {
-          chart.ended = true;
-          changed = true;
-          feed.stop();
-        }
+        if (event.kind === "status" && LAST_WORDS.includes(event.data.to)) ended();
       }
       if (changed) drawn();
       if (curves.length > MOST_KEPT) feed.resync(); // a long run: let the server thin it out

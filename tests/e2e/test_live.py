@@ -241,3 +241,22 @@ def test_long_curves_are_thinned_without_losing_a_spike(studio: Installation, vi
     assert found["num"] <= 2400 and found["kept"] and found["ordered"]
     assert [value and round(value, 9) for value in found["constant"]] == [3, 3, None, 3]
     assert found["steps"] == [1, 2, 3, 4] and found["seconds"] == [1.5]
+
+
+def test_a_run_that_ends_before_its_curves_have_come_is_shown_as_ended(
+    studio: Installation, visitor: BrowserContext
+) -> None:
+    """Then everything that happened is in the curves, and no event is left that could tell the page."""
+    page = visitor.new_page()
+    page.add_init_script(
+        """const asked = window.fetch;
+        window.fetch = async (...what) => {
+          if (String(what[0]).includes('/series')) await new Promise((go) => setTimeout(go, 9000));
+          return asked(...what);
+        };"""
+    )
+    short = {**RECIPE, "name": "Over at once", "settings": {**RECIPE["settings"], "max_steps": 2, "evaluations": 1}}
+    job = studio.post(visitor, "/api/v1/jobs", short)["id"]
+    page.goto(f"/runs/{job}/")
+    expect(page.locator("main .status.succeeded").first).to_be_visible(timeout=LIVE_MS)
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over")
