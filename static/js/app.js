@@ -58,7 +58,8 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showTheme)
 let afterG = 0;
 
 function typing(target) {
-  return target.closest("input, textarea, select, [contenteditable], dialog") !== null;
+  // A dialog that has just been closed keeps the focus until the next frame; the key pressed then is meant for the page.
+  return target.closest("input, textarea, select, [contenteditable], dialog[open]") !== null;
 }
 
 function go(address) {

@@ -177,6 +177,23 @@ def test_shortcuts_rest_while_typing_and_can_be_switched_off(page: Page) -> None
     assert page.url.endswith("/")
 
 
+def test_a_key_pressed_before_a_closed_dialog_has_given_the_focus_back_still_counts(page: Page) -> None:
+    page.goto("/")
+    page.keyboard.press("?")
+    expect(page.locator("#shortcuts")).to_be_visible()
+    inside = page.evaluate(
+        """() => {
+          const dialog = document.getElementById("shortcuts");
+          const focused = document.activeElement;
+          dialog.close();
+          focused.dispatchEvent(new KeyboardEvent("keydown", {key: "/", bubbles: true, cancelable: true}));
+          return dialog.contains(focused);
+        }"""
+    )
+    assert inside, "the dialog had the focus"
+    expect(page.locator("#search")).to_be_focused()
+
+
 def test_search_by_keyboard(page: Page) -> None:
     page.goto("/")
     page.keyboard.press("/")
