@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     serving.add_argument("--socket", type=Path, required=True)
     commands.add_parser("call", help="answer one JSON request from standard input")
     benching = commands.add_parser("bench", help="measure and rewrite docs/benchmarks")
-    benching.add_argument("names", nargs="*", help="which benchmarks (default: all)")
+    benching.add_argument("names", nargs="*", help="which benchmarks (default: the quick ones)")
+    benching.add_argument("--list", action="store_true", help="print the names as JSON instead")
     chosen = parser.parse_args(arguments)
     try:
         return int(_COMMANDS[chosen.command](chosen))
@@ -167,9 +168,9 @@ def _call(chosen: argparse.Namespace) -> int:
 
 
 def _bench(chosen: argparse.Namespace) -> int:
-    from engine.bench import main as bench
+    from engine.bench.report import list_studies, run_named
 
-    return bench(chosen.names)
+    return list_studies() if chosen.list else run_named(chosen.names)
 
 
 def _read_recipe(path: Path):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.bench.report import Section, Study
+from engine.bench.pages import Goal, Section, Study
 from engine.core.errors import EngineError, RecipeError
 from engine.core.recipe import parse_recipe
 from engine.ops.check import check
@@ -42,7 +42,14 @@ def measure() -> list[Section]:
                 )
             )
     section.goals.append(
-        {"goal": "bad input refused in a sentence", "value": refused, "target": len(CASES), "baseline": "–"}
+        Goal(
+            goal="bad input refused in a sentence",
+            value=refused,
+            target=len(CASES),
+            better="more",
+            unit="cases",
+            baseline="–",
+        )
     )
     section.remarks.append(f"{refused} of {len(CASES)} cases were refused in sentences.")
     return [section]

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engine.bench.report import Section, Study
+from engine.bench.pages import Goal, Section, Study
 from engine.bench.whole_runs import Finished, run_alone, shared_data
 
 EPOCHS, BATCH, SEED = 3, 32, 17
@@ -64,17 +64,19 @@ def measure() -> list[Section]:
             accuracy = _accuracy(done, test)
             section.rows.append(_row(title, accuracy, done))
             section.goals.append(
-                {
-                    "goal": f"Banking77 test accuracy, {title}",
-                    "value": accuracy,
-                    "baseline": f"frozen encoder {frozen:.4f}",
-                }
+                Goal(
+                    goal=f"Banking77 test accuracy, {title}",
+                    value=accuracy,
+                    better="more",
+                    unit="share",
+                    baseline=f"frozen encoder {frozen:.4f}",
+                )
             )
             print(f"  {title}: {accuracy:.4f}", flush=True)
-    best = max(section.goals, key=lambda goal: goal["value"])
-    verdict = "beats" if best["value"] > frozen else "does not beat"
+    best = max(section.goals, key=lambda goal: goal.value)
+    verdict = "beats" if best.value > frozen else "does not beat"
     section.remarks.append(
-        f"The best of them, {best['goal'].rpartition(', ')[2]} with {best['value']:.4f}, {verdict} the frozen encoder with logistic regression."
+        f"The best of them, {best.goal.rpartition(', ')[2]} with {best.value:.4f}, {verdict} the frozen encoder with logistic regression."
     )
     return [section]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.bench.efficiency import conversations
-from engine.bench.report import Section, Study
+from engine.bench.pages import Section, Study
 from engine.bench.workbench import Workbench
 from engine.train.run import set_threads
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.bench.measure import Timing, interleave, ratio_interval, saved_bytes
-from engine.bench.report import Section, Study
+from engine.bench.backward import saved_bytes
+from engine.bench.measure import Timing, interleave, ratio_interval
+from engine.bench.pages import Goal, Section, Study
 from engine.bench.workbench import Workbench, forward, random_llama, step, story_file
 from engine.starters import dialogues, starter_data
 from engine.train.run import Run, set_threads
@@ -127,19 +128,19 @@ def _section(title: str, runs: dict[str, Run], timings: dict[str, Timing], micro
         )
         if name.startswith("PaCA"):
             section.goals += [
-                {
-                    "goal": f"PaCA step time, {title}",
-                    "value": ratio,
-                    "interval": [low, high],
-                    "target": 0.8,
-                    "baseline": "peft LoRA r=8, equal trainables",
-                },
-                {
-                    "goal": f"PaCA saved bytes, {title}",
-                    "value": saved / base_saved,
-                    "target": 0.85,
-                    "baseline": "peft LoRA r=8, equal trainables",
-                },
+                Goal(
+                    goal=f"PaCA step time, {title}",
+                    value=ratio,
+                    interval=(low, high),
+                    target=0.8,
+                    baseline="peft LoRA r=8, equal trainables",
+                ),
+                Goal(
+                    goal=f"PaCA saved bytes, {title}",
+                    value=saved / base_saved,
+                    target=0.85,
+                    baseline="peft LoRA r=8, equal trainables",
+                ),
             ]
             section.remarks.append(
                 f"PaCA takes {ratio:.2f} of LoRA's step time (aim ≤ 0.80: {'met' if high <= 0.8 else 'not met'}) and keeps {saved / base_saved:.2f} of its bytes "
@@ -209,20 +210,22 @@ def _loop(bench: Workbench) -> Section:
         "padding and packing, where most of a user's time goes, are not part of this table.",
     ]
     section.goals += [
-        {
-            "goal": "loop vs bare torch",
-            "value": versus_bare[0],
-            "interval": versus_bare[1:],
-            "target": 0.98,
-            "baseline": "hand-written loop",
-        },
-        {
-            "goal": "loop vs Trainer",
-            "value": versus_trainer[0],
-            "interval": versus_trainer[1:],
-            "target": 1.1,
-            "baseline": "transformers Trainer + peft",
-        },
+        Goal(
+            goal="loop vs bare torch",
+            value=versus_bare[0],
+            interval=versus_bare[1:],
+            target=0.98,
+            better="more",
+            baseline="hand-written loop",
+        ),
+        Goal(
+            goal="loop vs Trainer",
+            value=versus_trainer[0],
+            interval=versus_trainer[1:],
+            target=1.1,
+            better="more",
+            baseline="transformers Trainer + peft",
+        ),
     ]
     return section
 
@@ -273,13 +276,14 @@ def conversations(bench: Workbench) -> Section:
     ]
     section.remarks.append(f"The aim is at least 1.10: {'met' if ratio[1] >= 1.1 else 'not met'}.")
     section.goals.append(
-        {
-            "goal": "conversations vs Trainer",
-            "value": ratio[0],
-            "interval": ratio[1:],
-            "target": 1.1,
-            "baseline": "transformers Trainer + peft, its defaults",
-        }
+        Goal(
+            goal="conversations vs Trainer",
+            value=ratio[0],
+            interval=ratio[1:],
+            target=1.1,
+            better="more",
+            baseline="transformers Trainer + peft, its defaults",
+        )
     )
     return section
 

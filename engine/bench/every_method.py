@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.bench.measure import interleave, ratio_interval, saved_bytes
-from engine.bench.report import Section, Study
+from engine.bench.backward import saved_bytes
+from engine.bench.measure import interleave, ratio_interval
+from engine.bench.pages import Goal, Section, Study
 from engine.bench.workbench import Workbench, forward, random_llama, step
 from engine.core.method import TrainMethod, TransformMethod
 from engine.core.registry import catalogue
@@ -184,9 +185,11 @@ def _row(slug: str, title: str, run: Run, lora: Run, beside: str, section: Secti
     saved = saved_bytes(lambda: forward(run, micro), run.model) / saved_bytes(lambda: forward(lora, theirs), lora.model)
     state = optimizer_bytes(run.optimizer) / max(1, optimizer_bytes(lora.optimizer))
     section.goals += [
-        {"goal": f"step time of {slug}", "value": ratio, "interval": [low, high], "target": 1.25, "baseline": f"peft LoRA {beside}"},
-        {"goal": f"bytes saved for backward by {slug}", "value": saved, "baseline": f"peft LoRA {beside}"},
-    ]  # fmt: skip
+        Goal(
+            goal=f"step time of {slug}", value=ratio, interval=(low, high), target=1.25, baseline=f"peft LoRA {beside}"
+        ),
+        Goal(goal=f"bytes saved for backward by {slug}", value=saved, baseline=f"peft LoRA {beside}"),
+    ]
     own = timings["own"]
     return (title, f"{run.trainables.num_elements():,}", beside, f"{own.median * 1e3:.1f}", f"{own.spread:.1%}", f"{ratio:.3f}",
             f"{low:.3f} – {high:.3f}", f"{saved:.3f}", f"{state:.3f}")  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.bench.report import Section, Study
+from engine.bench.pages import Goal, Section, Study
 from engine.bench.whole_runs import run_alone, shared_data
 
 SEEDS = (17, 18)
@@ -103,12 +103,7 @@ def measure() -> list[Section]:
             print(f"  {title}: forgot {forgotten[title]:.3f}", flush=True)
         share = forgotten["HFT"] / forgotten["Full"]
         section.goals.append(
-            {
-                "goal": "HFT forgetting / full",
-                "value": share,
-                "target": "0.2 – 0.6 of the rise",
-                "baseline": "full fine-tuning, equal settings",
-            }
+            Goal(goal="HFT forgetting / full", value=share, target=0.6, baseline="full fine-tuning, equal settings")
         )
         section.remarks += [
             f"HFT forgets {share:.2f} of what full fine-tuning forgets; the card expects 0.2 to 0.6.",

@@ -1,4 +1,4 @@
-"""Fair measuring: variants interleaved in one process, medians with bootstrap intervals, saved-for-backward bytes counted."""
+"""Fair measuring: variants interleaved in one process, medians with bootstrap intervals. Free of torch, so that the web's studies share it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,10 +50,16 @@ def interleave(
             start = time.perf_counter()
             for _ in range(calls):
                 variants[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            _wait_for_device()
             seconds[name].append((time.perf_counter() - start) / calls)
     return {name: Timing(name=name, seconds=tuple(values)) for name, values in seconds.items()}
+
+
+def _wait_for_device() -> None:
+    """What was launched on a GPU is over; nothing where torch is not in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def ratio_interval(
@@ -67,24 +72,6 @@ def ratio_interval(
     return statistics.median(a / b for a, b in pairs), medians[int(draws * 0.025)], medians[int(draws * 0.975)]
 
 
-def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass of `forward`, each storage once, the model's own weights left out."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    total = sum(kept.values())
-    del loss
-    return total
-
-
 def machine() -> str:
     """One line about the hardware and the versions."""
     cpu = next(
@@ -95,10 +82,12 @@ def machine() -> str:
         ),
         platform.processor(),
     )
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    torch = sys.modules.get("torch")
+    gpu = f", {torch.cuda.get_device_name()}" if torch is not None and torch.cuda.is_available() else ""
+    threads = f"{torch.get_num_threads()} threads, " if torch is not None else ""
     return (
-        f"{cpu}, {os.cpu_count()} cores{gpu}; Python {platform.python_version()}, torch {torch.__version__}; "
-        f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
+        f"{cpu}, {os.cpu_count()} cores{gpu}; Python {platform.python_version()}, torch {metadata.version('torch')}; "
+        f"{threads}OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"
     )
 
 
@@ -108,7 +97,9 @@ def commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "engine") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+changes" if git("status", "--porcelain", "--", "engine", "jobs", "studio") else ""
+    )
 
 
 def load_average() -> str:

@@ -15,7 +15,9 @@ TORCH_MODULES = (*TORCH, "safetensors.torch")
 TEST_ONLY = ("trl", "datasets", "mergekit", "pytest", "hypothesis", "playwright", "schemathesis", "tests")
 # What the web may know of the engine, and what therefore must not load torch.
 PUBLIC = ("engine.core", "engine.io.datasets", "engine.io.facts", "engine.starters", "engine.client")
-TORCH_FREE = (*PUBLIC, "jobs", "studio", "manage")
+# What the studies of the studio share with those of the engine.
+MEASURING = ("engine.bench.measure", "engine.bench.pages")
+TORCH_FREE = (*PUBLIC, *MEASURING, "jobs", "studio", "manage")
 
 # The first room that contains a module decides what it may import of the project.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -45,6 +47,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "engine.client": ("engine.core",),
     "engine": ("engine",),
+    "jobs.bench": ("jobs", *PUBLIC, *MEASURING),
+    "jobs.management": ("jobs", *PUBLIC, *MEASURING),
     "jobs": ("jobs", *PUBLIC),
     "studio": ("studio", "jobs"),
     "manage": (),

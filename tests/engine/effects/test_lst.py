@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.bench.measure import saved_bytes
+from engine.bench.backward import saved_bytes
 from engine.bench.workbench import Workbench, forward
 from engine.train.loop import train
 from engine.train.run import Run

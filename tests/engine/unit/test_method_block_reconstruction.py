@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.bench.measure import saved_bytes
+from engine.bench.backward import saved_bytes
 from engine.core.recipe import parse_recipe
 from engine.io.facts import model_facts
 from engine.io.tensors import load_tensors

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from engine.bench.measure import saved_bytes
+from engine.bench.backward import saved_bytes
 from engine.core.errors import EngineError
 from engine.io.models import base_of
 from engine.methods.lst import LST

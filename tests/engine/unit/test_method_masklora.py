@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.bench.measure import saved_bytes
+from engine.bench.backward import saved_bytes
 from engine.core.errors import EngineError
 from engine.core.recipe import MethodRef
 from engine.io.facts import model_facts

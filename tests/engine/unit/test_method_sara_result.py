@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.bench.measure import saved_bytes
+from engine.bench.backward import saved_bytes
 from engine.core.errors import EngineError
 from engine.io.tensors import load_tensors
 from engine.methods.sara import SaRA
