@@ -25,13 +25,21 @@ class LoraLinear(Linear):
     def _alone(self, x: Tensor) -> str | None:
         """The one active adapter, when it is a plain pair A, B in the number format of the input and nothing is dropped at random."""
         active = self.active_adapters
-        if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A or active[0] in self.lora_variant:
+        if (
+            self.disable_adapters
+            or self.merged
+            or len(active) != 1
+            or active[0] not in self.lora_A
+            or active[0] in self.lora_variant
+        ):
             return None
         name: str = active[0]
         dropout, pair = self.lora_dropout[name], (self.lora_A[name], self.lora_B[name])
         if (self.training and getattr(dropout, "p", 0.0) > 0.0) or pair[0].bias is not None or pair[1].bias is not None:
             return None
-        same = torch.is_autocast_enabled(x.device.type) or x.dtype == self.base_layer.weight.dtype == pair[0].weight.dtype
+        same = (
+            torch.is_autocast_enabled(x.device.type) or x.dtype == self.base_layer.weight.dtype == pair[0].weight.dtype
+        )
         return name if same else None
 
 

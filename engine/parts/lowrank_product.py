@@ -45,17 +45,23 @@ class LowRankProduct(torch.autograd.Function):
         to_x, to_w, to_bias, to_a, to_b = ctx.needs_input_grad[:5]
         grad = grad.reshape(-1, grad.shape[-1])  # [n, out]
         dx = dw = da = db = None
-        pulled = F.linear(grad, b.to(grad.dtype).t().contiguous())  # [n, r]; the plain order dY B is up to five times slower
+        pulled = F.linear(
+            grad, b.to(grad.dtype).t().contiguous()
+        )  # [n, r]; the plain order dY B is up to five times slower
         if to_x:
             dx = grad @ weight.to(grad.dtype)
             dx = dx.addmm_(pulled, a.to(grad.dtype), alpha=ctx.scale).view(ctx.shape)
         if ctx.hear is not None and (to_a or to_b):
-            dense = grad.float().t() @ flat.float()  # [out, in], alive for these lines and as long as the listener wants
+            dense = (
+                grad.float().t() @ flat.float()
+            )  # [out, in], alive for these lines and as long as the listener wants
             ctx.hear(dense)
             da, db = (b.float().t() @ dense).mul_(ctx.scale), (dense @ a.float().t()).mul_(ctx.scale)
         elif to_a or to_b:
             da = (pulled.t() @ flat).to(a.dtype).mul_(ctx.scale)
-            db = (inner.t() @ grad).to(b.dtype).mul_(ctx.scale).t()  # a transposed view: this order is up to ten times quicker
+            db = (
+                (inner.t() @ grad).to(b.dtype).mul_(ctx.scale).t()
+            )  # a transposed view: this order is up to ten times quicker
         if to_w:
             dw = (grad.t() @ flat).to(weight.dtype)
         return dx, dw, grad.sum(0) if to_bias else None, da, db, None, None
