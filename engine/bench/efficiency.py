@@ -13,7 +13,7 @@ from engine.bench.backward import saved_bytes
 from engine.bench.measure import Timing, interleave, ratio_interval
 from engine.bench.pages import Goal, Section, Study
 from engine.bench.rivals import bare_loop, lora_model, trainer_steps
-from engine.bench.workbench import Workbench, forward, random_llama, step, story_file
+from engine.bench.workbench import Workbench, as_peft, forward, random_llama, step, story_file
 from engine.train.run import Run, set_threads
 from engine.train.trainables import optimizer_bytes
 
@@ -50,12 +50,14 @@ def _adapters(bench: Workbench) -> list[Section]:
             "precision": "fp32",
             "holdout": 0.02,
         }
-        lora = bench.run(
-            bench.recipe(model, data, [("lora", {"r": 8, "alpha": 16, "targets": "all-linear"}), *COMMON], **settings)
+        plan = bench.recipe(
+            model, data, [("lora", {"r": 8, "alpha": 16, "targets": "all-linear"}), *COMMON], **settings
         )
+        lora = as_peft(bench.run(plan))
         r = _equal_rank(bench, model, data, lora.trainables.num_elements(), settings)
         runs = {
             "LoRA r=8 (peft)": lora,
+            "LoRA r=8": bench.run(plan),
             f"PaCA r={r}": bench.run(
                 bench.recipe(
                     model, data, [("paca", {"r": r, "alpha": r * 2, "targets": "all-linear"}), *COMMON], **settings
@@ -149,17 +151,19 @@ def _loop(bench: Workbench) -> Section:
     shape = SHAPES["Llama 13 M (hidden 384, 6 layers)"]
     folder = random_llama(bench.folder, **shape)  # type: ignore[arg-type]
     data = f"file:{story_file(bench.folder, 400)}"
-    run = bench.run(
-        bench.recipe(
-            f"folder:{folder}",
-            data,
-            [("lora", {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"}), *COMMON],
-            learning_rate=1e-4,
-            epochs=50,
-            batch_size=BATCH,
-            max_length=LENGTH,
-            precision="fp32",
-            holdout=0.02,
+    run = as_peft(
+        bench.run(
+            bench.recipe(
+                f"folder:{folder}",
+                data,
+                [("lora", {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"}), *COMMON],
+                learning_rate=1e-4,
+                epochs=50,
+                batch_size=BATCH,
+                max_length=LENGTH,
+                precision="fp32",
+                holdout=0.02,
+            )
         )
     )
     micro = run.next_batches()

@@ -28,14 +28,25 @@ def story_file(folder: Path, count: int, seed: int = 5) -> Path:
 
 
 def random_llama(
-    folder: Path, *, hidden: int, layers: int, ffn: int, heads: int, vocab: int = 2048, positions: int = 1024
+    folder: Path,
+    *,
+    hidden: int,
+    layers: int,
+    ffn: int,
+    heads: int,
+    vocab: int = 2048,
+    positions: int = 1024,
+    rows: int | None = None,
 ) -> Path:
-    """A Llama directory with random weights and a tokenizer trained on our stories."""
+    """A Llama directory with random weights and a tokenizer trained on our stories.
+
+    `rows`: a word table and an output layer of their own, of so many rows, however few the tokenizer uses; without it one table as long as the tokenizer.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from engine.ops.pretrain import train_tokenizer
 
-    target = folder / f"llama-{hidden}x{layers}"
+    target = folder / f"llama-{hidden}x{layers}{'' if rows is None else f'-{rows}'}"
     if not (target / "config.json").exists():
         tokenizer = train_tokenizer(stories(3, 1500), vocab)
         torch.manual_seed(0)
@@ -45,9 +56,9 @@ def random_llama(
             intermediate_size=ffn,
             num_attention_heads=heads,
             num_key_value_heads=heads,
-            vocab_size=len(tokenizer),
+            vocab_size=rows or len(tokenizer),
             max_position_embeddings=positions,
-            tie_word_embeddings=True,
+            tie_word_embeddings=rows is None,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
@@ -94,6 +105,16 @@ class Workbench:
 
     def close(self) -> None:
         self._home.cleanup()
+
+
+def as_peft(run: Run) -> Run:
+    """The run with peft's own layers in place of our quicker ones: the LoRA that people have elsewhere, to compare with."""
+    from engine.parts.lora_layer import LoraLinear
+
+    for module in run.model.modules():
+        if isinstance(module, LoraLinear):
+            module.__class__ = LoraLinear.__base__
+    return run
 
 
 def step(run: Run, micro: list[dict[str, Tensor]]) -> None:
