@@ -31,3 +31,8 @@ def engine_socket() -> Path:
 def catalogue_file() -> Path:
     """What the engine knows, as it told last."""
     return home() / "catalogue.json"
+
+
+def token_cache() -> Path:
+    """Where the engine keeps encoded data; the name of an entry begins with the checksum of its data."""
+    return home() / "cache" / "tokens"

@@ -18,6 +18,8 @@ from engine.core.recipe import Recipe
 from engine.ops.check import Checked
 from engine.tasks import task as task_named
 from engine.tasks.base import Encoded, Task
+from engine.tasks.cache import encoded_data
+from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
@@ -74,7 +76,9 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     device = torch.device(facts.machine.device)
     task = task_named(recipe.task)
     tokenizer = task.load_tokenizer(facts.model)
-    encoded = task.encode(list(task.rows(facts.data)), tokenizer, recipe, facts.data)
+    encoded = encoded_data(
+        task, tokenizer, recipe, facts, lambda note: log.emit("log", {"level": "info", "message": note})
+    )
     for note in encoded.notes:
         log.emit("log", {"level": "warning", "message": note})
     seed_everything(settings.seed)
@@ -83,7 +87,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     composition, slots = build_slots(recipe, facts, task)
     order = list(range(min(len(encoded.train), 8 * (settings.batch_size or 1))))
     few = [
-        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        task.collate(take(encoded.train, indices), tokenizer, recipe)
         for indices in task.batches(encoded.train, order, settings.batch_size or 1, recipe)
     ]
     for policy in slots.policies:
