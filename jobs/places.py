@@ -33,6 +33,6 @@ def catalogue_file() -> Path:
     return home() / "catalogue.json"
 
 
-def token_cache() -> Path:
-    """Where the engine keeps encoded data; the name of an entry begins with the checksum of its data."""
-    return home() / "cache" / "tokens"
+def made_of(sha256: str) -> list[Path]:
+    """What the engine keeps of data with this checksum: encoded, and looked at."""
+    return list((home() / "cache").glob(f"*/{sha256[:24]}-*"))

@@ -19,7 +19,6 @@ from engine.ops.check import Checked
 from engine.tasks import task as task_named
 from engine.tasks.base import Encoded, Task
 from engine.tasks.cache import encoded_data
-from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock

@@ -372,7 +372,7 @@ def attach_parts(slots: Slots, task: Task, model: nn.Module, encoded: Encoded, t
     size = recipe.settings.batch_size or 1
     order = list(range(min(len(encoded.train), 8 * size)))
     few = [
-        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        task.collate(take(encoded.train, indices), tokenizer, recipe)
         for indices in task.batches(encoded.train, order, size, recipe)
     ]
     for policy in slots.policies:
