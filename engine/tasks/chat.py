@@ -92,20 +92,22 @@ def encode_conversations(
     conversations: Sequence[Conversation], tokenizer: Any
 ) -> list[tuple[Ints, Ints] | CannotRender]:
     """`encode_conversation` of many, a few hundred in memory at a time; what cannot be rendered stands in its place as an error."""
+    tokens = Tokens(tokenizer)
     return [
         found
         for at in range(0, len(conversations), _AT_A_TIME)
-        for found in _encoded_together(conversations[at : at + _AT_A_TIME], tokenizer)
+        for found in _encoded_together(conversations[at : at + _AT_A_TIME], tokens)
     ]
 
 
 def _encoded_together(
-    conversations: Sequence[Conversation], tokenizer: Any
+    conversations: Sequence[Conversation], tokens: Tokens
 ) -> Iterator[tuple[Ints, Ints] | CannotRender]:
+    tokenizer = tokens.tokenizer
     texts = render_all(conversations, tokenizer)
     found = _answer_spans(conversations, texts, tokenizer)
     pairs = [(text, spans) for text, spans in zip(texts, found, strict=True) if isinstance(text, str) and spans]
-    wholes = iter(_wholes(pairs, tokenizer) if tokenizer.is_fast else [None] * len(pairs))
+    wholes = iter(_wholes(pairs, tokens) if tokenizer.is_fast else [None] * len(pairs))
     for text, spans in zip(texts, found, strict=True):
         if isinstance(text, CannotRender):
             yield text
@@ -186,14 +188,14 @@ def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:
     return [piece for piece in [*pieces, (text[done:], False)] if piece[0]]
 
 
-def _wholes(pairs: Sequence[tuple[str, Sequence[Span]]], tokenizer: Any) -> list[tuple[Ints, Ints] | None]:
+def _wholes(pairs: Sequence[tuple[str, Sequence[Span]]], tokens: Tokens) -> list[tuple[Ints, Ints] | None]:
     """Each text tokenized at once; None where a token crosses a border, or the tokens before an answer are not those of the prompt alone."""
     texts = [text for text, _ in pairs]
     prompts = list(dict.fromkeys(text[:start] for text, spans in pairs for start, _ in spans))
-    alone = Tokens(tokenizer).rows(prompts, special=False)
+    alone = tokens.rows(prompts, special=False)
     place = {prompt: number for number, prompt in enumerate(prompts)}
     found = []
-    for (text, spans), (ids, offsets) in zip(pairs, with_offsets(texts, tokenizer), strict=True):
+    for (text, spans), (ids, offsets) in zip(pairs, with_offsets(texts, tokens.tokenizer), strict=True):
         labels = np.full(len(ids), IGNORED, np.int32)
         lefts, rights = offsets[:, 0], offsets[:, 1]
         good = True

@@ -19,6 +19,11 @@ from engine.tasks.examples import Ints, Places, Ragged
 AT_A_TIME = 4096  # texts whose encodings are in memory together
 _MIN_CHARS = 50_000  # below, looking at the tokenizer's parts costs more than words that come again save
 _MAX_WORDS = 400_000  # remembered
+_MAX_NEW, _MAX_NEW_LETTERS = (
+    0.3,
+    0.12,
+)  # share of new words up to which words are faster than whole texts; the second with merges across spaces
+_NUM_LEARNING = 2
 _NUM_CHECKED = 16  # texts of a call that are tokenized both ways
 _ODD = re.compile(r"(?:^|\s)[ \n]|\n(?:\s|$)")
 _CUT = re.compile(r"(?<=\S)(?= )")
@@ -52,13 +57,16 @@ class Tokens:
         if not self._looked and sum(map(len, texts)) >= _MIN_CHARS:
             self._looked, self._words = True, _words_of(self.tokenizer, backend)
         pieces = [texts[at : at + AT_A_TIME] for at in range(0, len(texts), AT_A_TIME)]
-        return Ragged.joined([self._piece(backend, piece, special, at == 0) for at, piece in enumerate(pieces)])
+        whole = len(pieces)
+        return Ragged.joined([self._piece(backend, piece, special, at, whole) for at, piece in enumerate(pieces)])
 
-    def _piece(self, backend: Any, texts: Sequence[str], special: bool, first: bool) -> Ragged:
-        if self._words is None:
+    def _piece(self, backend: Any, texts: Sequence[str], special: bool, at: int, num_pieces: int) -> Ragged:
+        # New words pay for themselves in the pieces to come, as long as there are some and they bring old words.
+        pays = at < min(_NUM_LEARNING, num_pieces - 1)
+        found = self._words.rows(texts, special, pays) if self._words is not None else None
+        if found is None:
             return encoded_batch(backend, texts, special)
-        found = self._words.rows(texts, special)
-        if first:
+        if at == 0:
             few = encoded_batch(backend, texts[:_NUM_CHECKED], special)
             end = int(few.starts[-1])
             same = np.array_equal(found.starts[: len(few) + 1], few.starts) and np.array_equal(found.flat[:end], few.flat)  # fmt: skip
@@ -137,9 +145,8 @@ class _Words:
         )
         self.lines = lines  # a single line break between two words is cut off on both sides
         self._firsts = "".join({content[0] for content in added if content})
-        self._added = re.compile(
-            "|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))) or r"(?!)"
-        )
+        contents = sorted(filter(None, added), key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
         ids, whole = (list(backend.encode("a", add_special_tokens=marked).ids) for marked in (False, True))
         at = next(n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids)
         self._marks = Ragged.of([whole[:at], whole[at + len(ids) :]])
@@ -149,16 +156,19 @@ class _Words:
         self._places: dict[str | int, int] = {_HEAD: _HEAD, _TAIL: _TAIL}  # word -> row of what is known
         self._known = self._marks
 
-    def rows(self, texts: Sequence[str], special: bool) -> Ragged:
-        """The ids of every text."""
+    def rows(self, texts: Sequence[str], special: bool, pays: bool) -> Ragged | None:
+        """The ids of every text; None when too many of their words are new, unless learning them pays later."""
         words: list[str | int] = []
         ends: list[int] = []
         uncut: list[str] = []
         for text in texts:
             if special:
                 words.append(_HEAD)
-            if self._may_cut(text):
+            if self._is_plain(text):
                 words += self._cut(text)
+            elif not self.adds_space and _MARK not in text:  # each part between two added tokens is a text of its own
+                for number, part in enumerate(self._added.split(text)):
+                    words += [part] if number % 2 else self._cut(part) if part else ()
             else:
                 uncut.append(text)
                 words.append(-len(uncut))
@@ -167,7 +177,10 @@ class _Words:
             ends.append(len(words))
         if len(self._places) > _MAX_WORDS:
             self._forget()
-        self._learn(words)
+        new = [word for word in dict.fromkeys(words) if word not in self._places and isinstance(word, str)]
+        if not pays and len(new) > (_MAX_NEW_LETTERS if self.adds_space else _MAX_NEW) * len(words):
+            return None
+        self._learn(new)
         count, known = len(self._known), self._known
         if uncut:
             known = Ragged.joined([known, encoded_batch(self.backend, uncut, False)])
@@ -175,7 +188,7 @@ class _Words:
         found = known.take(np.fromiter(map(self._places.__getitem__, words), np.int64, len(words)))
         return Ragged(found.flat, found.starts[[0, *ends]])
 
-    def _may_cut(self, text: str) -> bool:
+    def _is_plain(self, text: str) -> bool:
         if _MARK in text or (self.adds_space and ("▁" in text or text.startswith(" "))):
             return False
         return not (any(first in text for first in self._firsts) and self._added.search(text))
@@ -188,9 +201,8 @@ class _Words:
         text = text.replace(" ", f"{_MARK} ")
         return (text.replace("\n", f"{_MARK}\n{_MARK}") if self.lines else text).split(_MARK)
 
-    def _learn(self, words: Sequence[str | int]) -> None:
-        """Tokenize the words that are new, each by itself: the Rust tokenizer takes many as one text that is already cut."""
-        new = [word for word in dict.fromkeys(words) if word not in self._places and isinstance(word, str)]
+    def _learn(self, new: Sequence[str]) -> None:
+        """Tokenize new words, each by itself: the Rust tokenizer takes many as one text that is already cut."""
         given = [word[1:] if self.adds_space and word.startswith(" ") else word for word in new]
         groups = [given[at : at + _GROUP] for at in range(0, len(given), _GROUP)]
         learned = [self._known]

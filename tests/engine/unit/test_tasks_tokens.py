@@ -84,6 +84,8 @@ def by_word(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Tokens:
     """Tokenizes by word from the first character on, without the look that would notice a difference."""
     monkeypatch.setattr(tokens, "_MIN_CHARS", 0)
     monkeypatch.setattr(tokens, "_NUM_CHECKED", 0)
+    monkeypatch.setattr(tokens, "_MAX_NEW", 1.0)
+    monkeypatch.setattr(tokens, "_MAX_NEW_LETTERS", 1.0)
     made = Tokens(tokenizer)
     made.rows(["a"])
     assert made._words is not None, "this kind of tokenizer is known"
