@@ -29,6 +29,7 @@ from engine.tasks.batching import (
     is_packed,
     measuring,
     moved,
+    owners,
     packed_batch,
     plain_batch,
     sliced,
@@ -46,6 +47,10 @@ class LanguageTask(Task):
 
     model_kinds = ("decoder",)
     packs_examples = False  # whether several examples may share a row
+
+    def end_mark(self, tokenizer: Any) -> int | None:
+        """The token that ends a document, where one example may hold several documents; they do not see each other."""
+        return None
 
     def load_model(self, facts: ModelFacts, data: DataFacts, *, dtype: torch.dtype, seed: int) -> nn.Module:
         folder = model_folder(facts)
@@ -65,8 +70,9 @@ class LanguageTask(Task):
         return sliced(order, batch_size) if packed else bucketed(examples, order, batch_size)
 
     def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor]:
-        pack = self.packs_examples and recipe.settings.packing and len(examples) > 1
-        return (packed_batch if pack else plain_batch)(examples, tokenizer.pad_token_id)
+        if self.packs_examples and recipe.settings.packing:
+            return packed_batch(examples, tokenizer.pad_token_id, self.end_mark(tokenizer))
+        return plain_batch(examples, tokenizer.pad_token_id)
 
     def forward_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> States | None:
         """What the head would read at the supervised places, so that logits need never exist all at once; None where the model does more than that."""
@@ -131,11 +137,10 @@ class LanguageTask(Task):
         sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
         with measuring(model):
             for indices in _token_batches(lengths, by_length):
-                batch = plain_batch(take(examples, indices), tokenizer.pad_token_id)
+                batch = packed_batch(take(examples, indices), tokenizer.pad_token_id, self.end_mark(tokenizer))
                 logits, labels = self.forward_logits(model, moved(batch, device))
                 losses = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()  # [N]
-                rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]  # [N], row-major like the logits
-                place = torch.tensor(indices)[rows]
+                place = torch.tensor(indices)[owners(batch, [lengths[index] for index in indices])]
                 sums.index_add_(0, place, losses)
                 counts.index_add_(0, place, torch.ones_like(losses))
         total, number = float(counts.sum()), len(examples)
