@@ -112,8 +112,12 @@ class EventLog:
         self._last_flush = time.monotonic()
 
     def sync(self) -> None:
-        """Flush and wait until the log is on the disk; called before every checkpoint."""
+        """Flush and wait until the log is on the disk."""
         self.flush()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all that was flushed is on the disk; any thread may call it. A checkpoint gets its name only afterwards."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
