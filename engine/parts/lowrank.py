@@ -47,6 +47,8 @@ class LowRank(Parametrization):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
+        from engine.parts.lora_layer import quicken
+
         for name in self.layers:
             linear(model, name)
         config = LoraConfig(
@@ -69,6 +71,7 @@ class LowRank(Parametrization):
         for module in model.modules():
             if isinstance(module, LoraLayer):  # injecting a second adapter silences the first one; wake all
                 module.set_adapter(list(module.lora_A))
+                quicken(module)
         if self.init in FROM_WEIGHTS:
             self.start = {
                 name: (self._a(model, name).detach().clone(), self._b(model, name).detach().clone())
