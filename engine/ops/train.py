@@ -104,8 +104,8 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
         trainables.arrange(snapshot.values["names"])
     if settings.precision == "bf16":
         halve_frozen(model)
-    if settings.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.gradient_checkpointing == "on":
+        recompute(cast(Any, model), offload=settings.activation_offload == "on")
     for part in slots.parametrizations:
         part.sync(model)
     optimizer = slots.optimizer.build(trainables, settings.learning_rate or 0.0)
@@ -129,6 +129,16 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     if snapshot is not None:
         run.restore(snapshot)
     return run
+
+
+def recompute(model: Any, *, offload: bool) -> None:
+    """Let every block forget what it computed and compute it again on the way back; offload: what it was asked waits in main memory.
+
+    The library also makes the embeddings' output require a gradient, which only its older way of recomputing needs: autograd would then follow
+    every frozen block below the lowest thing that learns.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    model.disable_input_require_grads()
 
 
 def _refuse_other_recipe(snapshot: Snapshot, recipe: Recipe) -> None:

@@ -27,6 +27,10 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def token_rows(self) -> tuple[list[int], ...]:
+        """Every row of tokens that the model reads for it."""
+        return (self.input_ids,)
+
 
 @dataclass(kw_only=True)
 class Encoded:
@@ -93,6 +97,10 @@ class Task:
     ) -> dict[str, Any]:
         """eval_loss, eval_loss_se, and the task's own metrics (eval_accuracy, eval_macro_f1, eval_perplexity …), in eval mode, no grad."""
         raise NotImplementedError
+
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        """The examples that `evaluate` lets the model read, each as it stands."""
+        return encoded.holdout
 
     def baseline(
         self,

@@ -81,6 +81,9 @@ class LanguageTask(Task):
         general = self.measure(model, general_examples(tokenizer), tokenizer, device)
         return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
 
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        return [*encoded.holdout, *general_examples(tokenizer)]
+
     def measure(
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
     ) -> dict[str, Any]:

@@ -35,6 +35,9 @@ class Pair(Example):
     def __len__(self) -> int:
         return max(len(self.input_ids), len(self.other_ids))
 
+    def token_rows(self) -> tuple[list[int], ...]:
+        return (self.input_ids, self.other_ids)
+
 
 class Preference(LanguageTask):
     """Both answers are written behind the same prompt in the model's chat format, and only their tokens count.

@@ -14,12 +14,19 @@ from engine.train.run import Ending, Run
 
 def train(run: Run) -> Ending:
     """Train until the plan, a signal, a budget or a person says it is enough. Starts or resumes wherever `run.clock` stands."""
+    run.model.train()
+    with run.remembering():
+        ending = _train(run)
+    run.model.eval()
+    return ending
+
+
+def _train(run: Run) -> Ending:
     clock, settings = run.clock, run.settings
     save_every = settings.checkpoint_every or max(1, clock.total_steps // 10)
     measure_at = {round(clock.total_steps * k / settings.evaluations) for k in range(1, settings.evaluations + 1)} | {
         clock.total_steps
     }
-    run.model.train()
     if clock.step == 0:
         run.begin()
         run.look({}, run.evaluate())
@@ -58,7 +65,6 @@ def train(run: Run) -> Ending:
     if ending.exports and clock.step not in measure_at:
         run.evaluate()
         run.save()
-    run.model.eval()
     return ending
 
 
