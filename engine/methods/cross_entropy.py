@@ -12,7 +12,7 @@ from engine.core.facts import Facts
 from engine.core.method import Card, Cost, TrainMethod, Verdict
 from engine.core.params import HyperParams, dial
 from engine.core.slots import Slot
-from engine.parts.losses import cross_entropy_sum, num_supervised
+from engine.parts.losses import cross_entropy_sum, head_cross_entropy_sum, num_supervised
 from engine.tasks.base import Task
 from engine.train.parts import Loss, Objective, PartContext
 
@@ -29,6 +29,9 @@ class LikelyAnswer(Objective):
         return float(num_supervised(batch["labels"]))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], rng: torch.Generator) -> Loss:
+        states = self.task.forward_states(model, batch)
+        if states is not None:
+            return Loss(total=head_cross_entropy_sum(states, self.label_smoothing), weight=float(len(states.labels)))
         logits, labels = self.task.forward_logits(model, batch)  # [n, classes], [n]
         return Loss(total=cross_entropy_sum(logits, labels, self.label_smoothing), weight=float(labels.shape[0]))
 

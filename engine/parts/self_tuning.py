@@ -17,7 +17,7 @@ from engine.parts.best_response import Copy, HyperLinear, Knobs, Play
 from engine.parts.ordinary_step import OrdinaryStep
 from engine.parts.targets import linear, replace
 from engine.tasks.base import Encoded
-from engine.tasks.batching import split_rows, unpacked
+from engine.tasks.batching import is_packed, split_rows, unpacked
 from engine.train.parts import DataPolicy, Loss, Parametrization, PartContext, Payload, StepReport
 
 if TYPE_CHECKING:
@@ -389,11 +389,6 @@ class SelfTuning(OrdinaryStep):
                 self.optimizer.state[number] = {
                     key: value.to(number.device) if value.dim() else value for key, value in mine.items()
                 }
-
-
-def is_packed(batch: Mapping[str, Tensor]) -> bool:
-    """Whether several examples share a row."""
-    return "attention_mask" in batch and batch["attention_mask"].dim() == 4
 
 
 def linears_inside(model: nn.Module, modules: Sequence[str]) -> list[str]:

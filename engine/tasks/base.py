@@ -44,6 +44,15 @@ class Encoded:
     num_train_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class States:
+    """What the output layer reads at the supervised places, hidden [n, d], what it should answer there, labels [n], and the layer."""
+
+    hidden: Tensor
+    labels: Tensor
+    head: nn.Linear
+
+
 class Task:
     """One task; a singleton found by `engine.tasks.task(name)`. All methods are deterministic given their arguments."""
 
@@ -91,6 +100,10 @@ class Task:
     def forward_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(logits [n, classes or vocab], labels [n]) at the supervised places only."""
         raise NotImplementedError
+
+    def forward_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> States | None:
+        """What comes before `forward_logits`, for objectives that need no logits; None where there is no such thing."""
+        return None
 
     def evaluate(
         self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device

@@ -90,51 +90,32 @@ def plain_batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
 
 
 def packed_batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """Several examples a row, kept apart: a mask that is causal within each example, and positions that start anew.
-
-    A row is as long as the longest example, so packing only removes padding. When nothing fits together this is the plain batch.
-    """
-    room = max(len(example) for example in examples)
-    rows: list[list[Example]] = []
-    free: list[int] = []
-    for example in sorted(examples, key=len, reverse=True):
-        place = next((at for at, left in enumerate(free) if left >= len(example)), None)
-        if place is None:
-            rows.append([])
-            free.append(room)
-            place = len(rows) - 1
-        rows[place].append(example)
-        free[place] -= len(example)
-    if len(rows) == len(examples):
-        return plain_batch(examples, pad)
-    segments = padded([[number for number, item in enumerate(row, 1) for _ in range(len(item))] for row in rows], 0)
-    length = segments.shape[1]
-    same = (
-        segments[:, :, None] == segments[:, None, :]
-    )  # [B, T, T]; padding is segment 0 and sees padding, so that no row of the mask is empty
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    labels = [[label for item in row for label in (IGNORED, *item.labels[1:])] for row in rows]
+    """All examples in one row [1, N] without any padding, kept apart: the lengths stand in the place of a mask (engine.tasks.segments), positions start
+    anew in each example, and no first token is predicted from the example before it."""
+    lengths = [len(example) for example in examples]
+    if len(set(lengths)) == 1:
+        return plain_batch(examples, pad)  # there is no padding to save
     return {
-        "input_ids": padded([[token for item in row for token in item.input_ids] for row in rows], pad),
-        "attention_mask": (same & causal)[:, None],  # [B, 1, T, T]
-        "position_ids": padded([[position for item in row for position in range(len(item))] for row in rows], 0),
-        "labels": padded(labels, IGNORED),
-        "num_tokens": (segments > 0).sum(),
+        "input_ids": torch.tensor([[token for example in examples for token in example.input_ids]]),
+        "attention_mask": torch.tensor(lengths).view(1, 1, 1, -1),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": torch.tensor([[label for example in examples for label in (IGNORED, *example.labels[1:])]]),
+        "num_tokens": torch.tensor(sum(lengths)),
         "num_samples": torch.tensor(len(examples)),
     }
 
 
+def is_packed(batch: Mapping[str, Tensor]) -> bool:
+    """Whether several examples share a row, as `packed_batch` lays them."""
+    mask = batch.get("attention_mask")
+    return mask is not None and mask.dim() == 4 and mask.dtype == torch.int64
+
+
 def unpacked(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:
-    """The plain batch that a packed one was made of, for models that cannot keep packed examples apart."""
-    examples: list[Example] = []
-    for ids, labels, positions in zip(
-        batch["input_ids"].tolist(), batch["labels"].tolist(), batch["position_ids"].tolist(), strict=True
-    ):
-        starts = [at for at, position in enumerate(positions) if position == 0]
-        for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            if any(label != IGNORED for label in labels[begin:end]):  # padding is many pieces that teach nothing
-                examples.append(Example(ids[begin:end], labels[begin:end], 0))
-    plain = plain_batch(examples, pad)
+    """The plain batch of a packed one, for models and methods that need one example a row."""
+    lengths = batch["attention_mask"].flatten().tolist()
+    pieces = zip(*(batch[name][0].split(lengths) for name in ("input_ids", "labels")), strict=True)
+    plain = plain_batch([Example(ids.tolist(), labels.tolist(), 0) for ids, labels in pieces], pad)
     return {name: value.to(batch["input_ids"].device) for name, value in plain.items()}
 
 

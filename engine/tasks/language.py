@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,19 @@ from engine.io.facts import AUTO_CLASSES
 from engine.io.models import load_config, load_model, load_tokenizer, model_folder
 from engine.io.sources import model_fault
 from engine.starters import general_texts
-from engine.tasks.base import Encoded, Example, Predictor, Task
-from engine.tasks.batching import IGNORED, bucketed, measuring, moved, packed_batch, plain_batch, sliced, unpacked
+from engine.tasks.base import Encoded, Example, Predictor, States, Task
+from engine.tasks.batching import (
+    IGNORED,
+    bucketed,
+    is_packed,
+    measuring,
+    moved,
+    packed_batch,
+    plain_batch,
+    sliced,
+    unpacked,
+)
+from engine.tasks.segments import attends_within
 
 GENERAL_TOKENS = 96
 _EVAL_TOKENS = 8192  # of one evaluation batch, padding included
@@ -54,25 +67,52 @@ class LanguageTask(Task):
         pack = self.packs_examples and recipe.settings.packing and len(examples) > 1
         return (packed_batch if pack else plain_batch)(examples, tokenizer.pad_token_id)
 
+    def forward_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> States | None:
+        """What the head would read at the supervised places, so that logits need never exist all at once; None where the model does more than that."""
+        head = direct_head(model)
+        if head is None:
+            return None
+        caught: list[Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            caught.append(args[0])
+            return (args[0][:, :0],)
+
+        supervised, places, inputs = self._inputs(model, batch)
+        handle = head.register_forward_pre_hook(catch)
+        try:
+            model(**inputs, logits_to_keep=places)
+        finally:
+            handle.remove()
+        chosen = supervised[0][:, places]  # [B, P]
+        return States(caught[0][chosen], supervised[1][:, places][chosen], head)
+
     def forward_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        if batch["attention_mask"].dim() == 4 and not _keeps_packed_apart(model, batch["input_ids"].shape[1]):
-            batch = unpacked(batch, 0)
-        targets = batch["labels"][:, 1:]  # [B, T-1]
-        supervised = targets != IGNORED
-        places = supervised.any(0).nonzero().squeeze(1)  # [P], where any row predicts something that counts
-        inputs: dict[str, Any] = {
-            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
-        }
-        if inputs["attention_mask"].dim() == 4 and _attention(model) != "sdpa":
-            inputs["attention_mask"] = _additive(inputs["attention_mask"], model)
-        if _takes(model, "use_cache"):
-            inputs["use_cache"] = False
+        states = self.forward_states(model, batch)
+        if states is not None:
+            return states.head(states.hidden), states.labels
+        (supervised, targets), places, inputs = self._inputs(model, batch)
         if _takes(model, "logits_to_keep"):
             logits = model(**inputs, logits_to_keep=places).logits  # [B, P, vocab]
         else:
             logits = model(**inputs).logits[:, places]
         chosen = supervised[:, places]  # [B, P]
         return logits[chosen], targets[:, places][chosen]
+
+    def _inputs(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Tensor, dict[str, Any]]:
+        """((supervised, targets) [B, T-1], the places [P] where any row predicts something that counts, arguments for the model)."""
+        if is_packed(batch) and not attends_within(model):
+            batch = unpacked(batch, 0)
+        targets = batch["labels"][:, 1:]
+        supervised = targets != IGNORED
+        inputs: dict[str, Any] = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+        }
+        if _takes(model, "use_cache"):
+            inputs["use_cache"] = False
+        return (supervised, targets), supervised.any(0).nonzero().squeeze(1), inputs
 
     def evaluate(
         self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
@@ -209,24 +249,25 @@ def _takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(type(model).forward).parameters
 
 
-def _attention(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "_attn_implementation", "sdpa"))
+_DIRECT = re.compile(
+    r"hidden_states = slice_logits_to_keep\(hidden_states, logits_to_keep\)\s+logits = self\.(\w+)\(hidden_states\)\s+loss = None"
+)
 
 
-def _keeps_packed_apart(model: nn.Module, length: int) -> bool:
-    """Whether masks and positions are all that connects the places of a row: not so with recurrent state, or a window shorter than the row."""
-    window = getattr(getattr(model, "config", None), "sliding_window", None)
-    return (
-        _takes(model, "position_ids")
-        and not getattr(model, "_is_stateful", False)
-        and _attention(model) in {"sdpa", "eager"}
-        and (not window or length <= window)
-    )
+def direct_head(model: nn.Module) -> nn.Linear | None:
+    """The output layer of a model whose logits are that layer's answer and nothing else: not scaled, not capped, not watched by anyone."""
+    found = _DIRECT.search(_forward_source(type(model)))
+    head = getattr(model, found[1]) if found else None
+    plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
+    return head if plain and "forward" not in vars(model) and not model._forward_hooks else None
 
 
-def _additive(mask: Tensor, model: nn.Module) -> Tensor:
-    dtype = next(model.parameters()).dtype
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+@functools.cache
+def _forward_source(kind: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(kind.forward)
+    except (OSError, TypeError):  # a class that was made at run time
+        return ""
 
 
 def _token_batches(examples: Sequence[Example], order: Sequence[int]) -> list[list[int]]:

@@ -15,7 +15,17 @@ from torch.nn import functional
 from engine.io.facts import model_facts
 from engine.tasks import task
 from engine.tasks.base import Example
-from engine.tasks.batching import IGNORED, bucketed, measuring, packed_batch, plain_batch, sliced, split_rows, unpacked
+from engine.tasks.batching import (
+    IGNORED,
+    bucketed,
+    is_packed,
+    measuring,
+    packed_batch,
+    plain_batch,
+    sliced,
+    split_rows,
+    unpacked,
+)
 from tests.engine.unit.tiny_models import tiny_llama
 
 LM = task("instruct")
@@ -41,27 +51,16 @@ def by_token(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 LENGTHS = [17, 4, 9, 30, 5, 5, 12, 11, 6]
 
 
-def test_packed_rows_give_the_logits_of_plain_rows(llama: Any) -> None:
+def test_a_packed_row_has_no_padding_and_gives_the_logits_of_plain_rows(llama: Any) -> None:
     examples = [example(length, place) for place, length in enumerate(LENGTHS)]
     packed, plain = packed_batch(examples, 0), plain_batch(examples, 0)
-    assert packed["input_ids"].shape[0] < len(examples) and packed["input_ids"].shape[1] == max(LENGTHS)
+    assert packed["input_ids"].shape == (1, sum(LENGTHS)) and is_packed(packed) and not is_packed(plain)
     assert packed["num_tokens"] == plain["num_tokens"] == sum(LENGTHS) and packed["num_samples"] == len(LENGTHS)
     with torch.no_grad():
         whole = llama(input_ids=plain["input_ids"], attention_mask=plain["attention_mask"]).logits
         together = llama(**{name: packed[name] for name in ("input_ids", "attention_mask", "position_ids")}).logits
-    found = 0
-    for number, item in enumerate(examples):
-        row, begin = next(
-            (row, begin)
-            for row, positions in enumerate(packed["position_ids"].tolist())
-            for begin, position in enumerate(positions)
-            if position == 0 and packed["input_ids"][row, begin : begin + len(item)].tolist() == item.input_ids
-        )
-        torch.testing.assert_close(
-            together[row, begin : begin + len(item)], whole[number, : len(item)], atol=1e-5, rtol=1e-5
-        )
-        found += begin > 0
-    assert found >= 3, "several examples stand behind another one"
+    for number, piece in enumerate(together[0].split(LENGTHS)):
+        torch.testing.assert_close(piece, whole[number, : LENGTHS[number]], atol=1e-5, rtol=1e-5)
 
 
 def test_packed_rows_give_the_gradient_of_plain_rows(llama: Any) -> None:
@@ -118,7 +117,7 @@ def test_the_first_token_of_a_packed_example_is_never_predicted() -> None:
     ]
     packed = packed_batch(examples, 0)
     starts = packed["position_ids"] == 0
-    assert packed["input_ids"].shape[0] == 2 and bool((packed["labels"][starts] == IGNORED).all())
+    assert int(starts.sum()) == 3 and bool((packed["labels"][starts] == IGNORED).all())
     assert int((packed["labels"] != IGNORED).sum()) == 2 + 1 + 4
 
 
@@ -128,17 +127,18 @@ def test_packing_loses_and_doubles_nothing(lengths: list[int]) -> None:
     examples = [example(length, place, answer=1) for place, length in enumerate(lengths)]
     packed = packed_batch(examples, 0)
     assert int(packed["num_tokens"]) == sum(lengths)
-    if packed["attention_mask"].dim() == 2:
+    if not is_packed(packed):
+        assert len(set(lengths)) == 1
         return
-    assert bool(packed["attention_mask"].any(-1).all()), "a place that sees nothing gives NaN"
+    assert packed["attention_mask"].flatten().tolist() == lengths and packed["input_ids"].numel() == sum(lengths)
     plain = unpacked(packed, 0)
     found = sorted(row[mask.bool()].tolist() for row, mask in zip(plain["input_ids"], plain["attention_mask"]))
     assert found == sorted(item.input_ids for item in examples)
 
 
-def test_nothing_is_packed_where_nothing_fits() -> None:
+def test_equal_lengths_are_laid_in_rows_of_their_own() -> None:
     batch = packed_batch([example(9, 0), example(9, 1)], 0)
-    assert batch["attention_mask"].dim() == 2 and "position_ids" not in batch
+    assert not is_packed(batch) and batch["input_ids"].shape == (2, 9) and "position_ids" not in batch
 
 
 # ── order and buckets ─────────────────────────────────────────────────────────────────────────────────────────────────
