@@ -174,7 +174,6 @@ class TrainSettings(HyperParams):
         help="The same seed gives the same run, bit for bit on a CPU.",
     )
 
-
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _yes_or_no(cls, value: Any) -> Any:

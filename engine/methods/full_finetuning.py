@@ -29,7 +29,9 @@ class EveryWeight(Parametrization):
         """Nothing is added to the model."""
 
     def trainables(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in model.named_parameters() if self.names is None or name in self.names}
+        return {
+            name: parameter for name, parameter in model.named_parameters() if self.names is None or name in self.names
+        }
 
     def merge(self, model: nn.Module) -> bool:
         return True

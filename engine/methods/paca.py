@@ -16,7 +16,17 @@ from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.adapters import FRESH_PREFIX, PEFT_PREFIX, fresh_tensors, load_fresh, lora_config
 from engine.parts.columns import ColumnLinear, columns_by_norm, draw_columns
-from engine.parts.targets import ALL, TARGETS_HELP, linear, linear_verdict, rank_faults, replace, target_faults, targets, top_blocks_dial
+from engine.parts.targets import (
+    ALL,
+    TARGETS_HELP,
+    linear,
+    linear_verdict,
+    rank_faults,
+    replace,
+    target_faults,
+    targets,
+    top_blocks_dial,
+)
 from engine.train.parts import Parametrization, PartContext, Payload
 
 Choice = Literal["random", "largest", "smallest"]
@@ -205,7 +215,9 @@ class PaCA(TrainMethod):
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         limits = [(name, into) for name, (_, into) in targets(params.targets, facts.model, params.top_blocks).items()]
-        return target_faults(params.targets, facts.model, top_blocks=params.top_blocks) + rank_faults(params.r, limits, noun="columns")
+        return target_faults(params.targets, facts.model, top_blocks=params.top_blocks) + rank_faults(
+            params.r, limits, noun="columns"
+        )
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
@@ -214,6 +226,12 @@ class PaCA(TrainMethod):
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
         return sum(params.r * out for out, _ in targets(params.targets, facts.model, params.top_blocks).values())
+
+    @classmethod
+    def input_share(cls, params: Any, facts: Facts) -> float:
+        """Only the inputs of the chosen columns."""
+        shapes = targets(params.targets, facts.model, params.top_blocks).values()
+        return len(shapes) * params.r / max(1, sum(into for _, into in shapes))
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
@@ -234,4 +252,6 @@ class PaCA(TrainMethod):
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params
-        return [Columns(ctx, list(targets(p.targets, ctx.facts.model, p.top_blocks)), r=p.r, alpha=p.alpha, choose=p.choose)]
+        return [
+            Columns(ctx, list(targets(p.targets, ctx.facts.model, p.top_blocks)), r=p.r, alpha=p.alpha, choose=p.choose)
+        ]

@@ -103,7 +103,9 @@ class ScaleLoRA(TrainMethod):
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model, params.top_blocks).items()]
-        return target_faults(params.targets, facts.model, top_blocks=params.top_blocks) + rank_faults(params.r, limits, noun="independent directions")
+        return target_faults(params.targets, facts.model, top_blocks=params.top_blocks) + rank_faults(
+            params.r, limits, noun="independent directions"
+        )
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:

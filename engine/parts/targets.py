@@ -46,7 +46,11 @@ def above(names: Iterable[str], model: ModelFacts, top_blocks: int | None) -> li
     return [
         name
         for name in names
-        if (int(found[1]) >= lowest if (found := _BLOCK.search(name)) else order.get(name, order.get(f"{name}.weight", -1)) > end)
+        if (
+            int(found[1]) >= lowest
+            if (found := _BLOCK.search(name))
+            else order.get(name, order.get(f"{name}.weight", -1)) > end
+        )
     ]
 
 
@@ -66,7 +70,9 @@ def _named(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in layers.items() if any(_matches(name, item) for item in wanted)}
 
 
-def target_faults(spec: str, model: ModelFacts, where: str = "targets", *, top_blocks: int | None = None) -> list[Fault]:
+def target_faults(
+    spec: str, model: ModelFacts, where: str = "targets", *, top_blocks: int | None = None
+) -> list[Fault]:
     """A fault for each name that no layer carries, with the nearest one that exists; and one when none of them is in the top blocks."""
     faults = _unknown_names(spec, model, where)
     if not faults and not targets(spec, model, top_blocks):

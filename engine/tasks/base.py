@@ -62,6 +62,9 @@ class Task:
     data_shapes: tuple[str, ...]  # shapes it can learn from
     roles: tuple[str, ...]  # columns it needs
     model_kinds: tuple[str, ...]
+    rows_per_example = 1  # that the model reads
+    packs_examples = False  # whether several examples may share a row
+    fills_rows = False  # whether packing cuts one long stream, so that every row is as long as the longest may be
 
     def rows(self, data: DataFacts) -> Iterator[Row]:
         """Stream the usable rows of the data as role -> value."""

@@ -24,6 +24,7 @@ class CausalLM(LanguageTask):
     sentence = "A language model that continues a text in the style and with the words of your texts."
     data_shapes = ("text",)
     roles = ("text",)
+    fills_rows = True
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, data: DataFacts) -> Encoded:
         settings = recipe.settings

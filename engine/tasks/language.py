@@ -44,7 +44,6 @@ class LanguageTask(Task):
     """A decoder that learns to continue. Labels are aligned with input_ids; the place t predicts the label at t + 1."""
 
     model_kinds = ("decoder",)
-    packs_examples = False  # whether several examples may share a row
 
     def load_model(self, facts: ModelFacts, data: DataFacts, *, dtype: torch.dtype, seed: int) -> nn.Module:
         folder = model_folder(facts)
@@ -260,6 +259,12 @@ def direct_head(model: nn.Module) -> nn.Linear | None:
     head = getattr(model, found[1]) if found else None
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     return head if plain and "forward" not in vars(model) and not model._forward_hooks else None
+
+
+def heads_directly(architecture: str) -> bool:
+    """The same of a class of transformers, by its name: whether the logits of its models need never exist all at once."""
+    kind = getattr(transformers, architecture, None)
+    return isinstance(kind, type) and _DIRECT.search(_forward_source(kind)) is not None
 
 
 @functools.cache

@@ -52,6 +52,7 @@ class Preference(LanguageTask):
     sentence = "An assistant that answers more like the better of two answers, and less like the worse."
     data_shapes = ("preferences",)
     roles = ("prompt", "chosen", "rejected")
+    rows_per_example = 2
 
     def rows(self, data: DataFacts) -> Iterator[Row]:
         yield from read_rows(data)

@@ -34,7 +34,12 @@ FILE = "frozen.states"
 MAX_SHARE_OF_DISK = 0.5  # of what is free
 LEAST_VISITS = 1.5  # of every text, on average, before computing them ahead is worth it
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # largest difference, of the largest number
-_UNDERSTOOD = {"input_ids", "attention_mask", "position_ids", "return_dict"}  # of the inputs of a body; all others must be absent
+_UNDERSTOOD = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "return_dict",
+}  # of the inputs of a body; all others must be absent
 _FILL_PLACES = 4096  # of one batch of the first pass, padding included
 _FILL_ROWS = 64
 
@@ -48,10 +53,6 @@ class Bottom:
     blocks: int
     random: bool  # whether they draw random numbers while training, as dropout does
     shape: tuple[int, torch.dtype]  # of a state: hidden size, and what it is kept in
-
-    @property
-    def whole(self) -> bool:
-        return self.blocks == len(self.stack)
 
 
 def stack_of(body: nn.Module) -> nn.ModuleList | None:
@@ -137,7 +138,9 @@ class FrozenStates:
         with file.open("wb") as handle:
             os.posix_fallocate(handle.fileno(), 0, max(1, self.num_bytes(self.bottom, len(self.heard), total)))
         shape = (total, len(self.heard), hidden)
-        self.states = torch.from_file(str(file), shared=True, size=total * len(self.heard) * hidden, dtype=dtype).view(shape)
+        self.states = torch.from_file(str(file), shared=True, size=total * len(self.heard) * hidden, dtype=dtype).view(
+            shape
+        )
         file.unlink()
         device, at = next(self.bottom.body.parameters()).device, 0
         with measuring(self.bottom.body), autocast(), self._only_below() as found:
@@ -192,7 +195,9 @@ class FrozenStates:
 
     # ── one pass ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before(
+        self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         if body.training and not self.in_training:
             return None
         names = list(inspect.signature(type(body).forward).parameters)[1 : 1 + len(args)]
@@ -214,11 +219,13 @@ class FrozenStates:
         if others or not isinstance(ids, Tensor) or ids.dim() != 2:
             return None
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        mask_tells = isinstance(mask, Tensor) and mask.dim() == 2
-        if mask_tells:
+        if not all(value is None or isinstance(value, Tensor) for value in (mask, positions)):
+            return None
+        mask_tells = mask is not None and mask.dim() == 2
+        if mask is not None and mask_tells:
             spans = _spans_of_mask(mask, positions)
         else:
-            spans = _spans_of_positions(positions) if isinstance(positions, Tensor) else None
+            spans = _spans_of_positions(positions) if positions is not None else None
         if spans is None:
             return None
         tokens = ids.cpu().numpy()
@@ -259,14 +266,15 @@ class FrozenStates:
 def remember(run: Run) -> FrozenStates | None:
     """Compute the states below everything that learns, when the recipe wants it, all parts allow it and it pays; say in the log what was done, or why not."""
     setting = run.settings.frozen_cache
-    if setting == "off" or run.pause_at is not None:  # a search trains in slices, each shorter than what is computed ahead
+    sliced = run.pause_at is not None  # a search trains in slices, each shorter than what would be computed ahead
+    if setting == "off" or sliced:
         return None
     train, held = run.encoded.train, list(run.task.measured(run.encoded, run.tokenizer))
     against = [name for name, part in run.slots.names.items() if not part.spares_frozen_blocks]
     bottom = None if against else bottom_of(run.model, train[0].token_rows()[0], run.autocast)
     if bottom is None:
         if setting == "on":
-            _say(run, "warning", f"The frozen part could not be remembered: {_why_not(against)}")
+            _give_up(run, _why_not(against))
         return None
     visits = run.clock.total_steps / max(1, run.clock.steps_per_epoch)
     in_training = (setting == "on" or not bottom.random) and (setting == "on" or visits >= LEAST_VISITS)
@@ -279,35 +287,42 @@ def remember(run: Run) -> FrozenStates | None:
     size = states.num_bytes(bottom, len(states.heard), sum(map(len, texts)))
     free = int(shutil.disk_usage(run.folder).free * MAX_SHARE_OF_DISK)
     if size > free:
-        _say(run, "warning", f"The frozen part is not remembered: its states take up to {size / 1e9:.1f} GB, and half of the free disk space is {free / 1e9:.1f} GB. "
-             "Each step runs the whole model.")  # fmt: skip
+        _give_up(
+            run, f"its states take up to {size / 1e9:.1f} GB, and half of the free disk space is {free / 1e9:.1f} GB"
+        )
         return None
     try:
         states.fill(texts, run.folder / FILE, run.autocast)
     except OSError as error:
         (run.folder / FILE).unlink(missing_ok=True)
-        _say(run, "warning", f"The frozen part is not remembered: its file could not be written ({error.strerror}). Each step runs the whole model.")
+        _give_up(run, f"its file could not be written ({error.strerror})")
         return None
     if not states.agrees(texts[:2], run.autocast):
         states.close()
-        _say(run, "warning", "The frozen part is not remembered: the blocks above read more than the states in front of them. Each step runs the whole model.")
+        _give_up(run, "the blocks above read more than the states in front of them")
         return None
     states.serve()
-    where = "from now on" if in_training else "whenever it is measured; while learning they draw random numbers and run as they are"
-    _say(run, "info", f"Nothing learns in the first {bottom.blocks} of {len(bottom.stack)} blocks: they ran once for {len(states.places):,} texts and "
-         f"are left out {where} ({size / 1e6:,.1f} MB on the disk until the run ends).")  # fmt: skip
+    left_out = (
+        "from now on"
+        if in_training
+        else "whenever it is measured; while learning they draw random numbers and run as they are"
+    )
+    message = f"Nothing learns in the first {bottom.blocks} of {len(bottom.stack)} blocks: they ran once for {len(states.places):,} texts"
+    message += f" and are left out {left_out} ({size / 1e6:,.1f} MB on the disk until the run ends)."
+    run.log.emit("log", {"level": "info", "message": message}, step=run.clock.step)
     return states
 
 
 def _why_not(against: Sequence[str]) -> str:
     if against:
         names = ", ".join(sorted({name.partition(".")[0] for name in against}))
-        return f"{names} may read or change what happens there. Each step runs the whole model."
-    return "something learns in the first block or below it, or this model's blocks are spelled in an unknown way. Each step runs the whole model."
+        return f"{names} may read or change what happens there"
+    return "something learns in the first block or below it, or this model's blocks are spelled in an unknown way"
 
 
-def _say(run: Run, level: str, message: str) -> None:
-    run.log.emit("log", {"level": level, "message": message}, step=run.clock.step)
+def _give_up(run: Run, why: str) -> None:
+    message = f"The frozen part is not remembered: {why}. Each step runs the whole model."
+    run.log.emit("log", {"level": "warning", "message": message}, step=run.clock.step)
 
 
 @contextlib.contextmanager
