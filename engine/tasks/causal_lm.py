@@ -28,6 +28,7 @@ class CausalLM(LanguageTask):
     data_shapes = ("text",)
     roles = ("text",)
     packs_examples = True
+    fills_rows = True
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, data: DataFacts) -> Encoded:
         settings = recipe.settings

@@ -46,7 +46,6 @@ class LanguageTask(Task):
     """A decoder that learns to continue. Labels are aligned with input_ids; the place t predicts the label at t + 1."""
 
     model_kinds = ("decoder",)
-    packs_examples = False  # whether several examples may share a row
 
     def end_mark(self, tokenizer: Any) -> int | None:
         """The token that ends a document, where one example may hold several documents; they do not see each other."""
@@ -127,6 +126,9 @@ class LanguageTask(Task):
         scores = self.measure(model, encoded.holdout, tokenizer, device)
         general = self.measure(model, general_examples(tokenizer), tokenizer, device)
         return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
+
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        return [*encoded.holdout, *general_examples(tokenizer)]
 
     def measure(
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
@@ -264,6 +266,12 @@ def direct_head(model: nn.Module) -> nn.Linear | None:
     head = getattr(model, found[1]) if found else None
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     return head if plain and "forward" not in vars(model) and not model._forward_hooks else None
+
+
+def heads_directly(architecture: str) -> bool:
+    """The same of a class of transformers, by its name: whether the logits of its models need never exist all at once."""
+    kind = getattr(transformers, architecture, None)
+    return isinstance(kind, type) and _DIRECT.search(_forward_source(kind)) is not None
 
 
 @functools.cache

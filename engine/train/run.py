@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
+from engine.train.frozen import FrozenStates, remember
 from engine.train.parts import (
     DataPolicy,
     GradientRule,
@@ -122,6 +123,7 @@ class Run:
         self.first_scores: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
         self.ending: Ending | None = None
+        self.frozen: FrozenStates | None = None
         self.pause_at: int | None = None  # a search trains in slices: measure and pause behind this step
         self.warmup_steps = slots.schedule.warmup_steps(clock)
         self._order: list[int] = []
@@ -179,6 +181,17 @@ class Run:
         """Let every part look at the run once before its first step."""
         for part in self.slots.names.values():
             part.begin(self)
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """The lower blocks in which nothing learns are left out for texts that are known, where that is allowed."""
+        self.frozen = remember(self)
+        try:
+            yield
+        finally:
+            if self.frozen is not None:
+                self.frozen.close()
+            self.frozen = None
 
     # ── after the step ────────────────────────────────────────────────────────────────────────────────────────────────
 

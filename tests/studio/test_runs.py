@@ -315,8 +315,8 @@ def test_health_counts_warnings_and_waits_for_evidence(ada: User) -> None:
     [
         ("not_finite", {"learning_rate": 0.002}, {"learning_rate": 0.0002}),
         ("out_of_memory", {"batch_size": 16, "accumulate": 1}, {"batch_size": 8, "accumulate": 2}),
-        ("out_of_memory", {"batch_size": 1}, {"gradient_checkpointing": True}),
-        ("out_of_memory", {"batch_size": 1, "gradient_checkpointing": True}, None),
+        ("out_of_memory", {"batch_size": 1}, {"gradient_checkpointing": "on"}),
+        ("out_of_memory", {"batch_size": 1, "gradient_checkpointing": "on"}, None),
         ("bug", {"batch_size": 16}, None),
     ],
 )  # fmt: skip
