@@ -1,37 +1,22 @@
-"""The resident engine process: it has imported everything and run nothing, so a fork of it is ready in a few hundredths of a second.
-
-`ping`, `catalogue` and `launch` are answered by the process itself; every other call by a fork, so that no tensor is ever computed here and a call that
-hangs can be killed. On a machine with a GPU children are fresh processes instead, because a CUDA context does not survive a fork.
-"""
+"""What the engine answers to each call; who answers, the resident process, a fork of it or a fresh one, is decided elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
-import selectors
-import signal
-import socket
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine import __version__
-from engine.core.control import write_json
 from engine.core.errors import EngineError, Fault, RecipeError
 from engine.core.method import TrainMethod
 from engine.core.recipe import TrainSettings, parse_recipe
 from engine.core.registry import catalogue
 from engine.core.slots import Slot
 
-MAX_REQUEST_BYTES = 4_000_000
-CALL_SECONDS = 110
-LONG_CALL_SECONDS = {"certify": 1800}
 Answer = dict[str, Any]
 
 
@@ -173,218 +158,3 @@ def answer(request: Any) -> Answer:
 def encode(body: Answer) -> bytes:
     """One answer as a line of JSON."""
     return json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=str).encode() + b"\n"
-
-
-def process_start(pid: int) -> int:
-    """The kernel's start time of a process in clock ticks: a pid together with it names one process."""
-    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
-
-
-class Service:
-    """Accepts connections on a Unix socket; one request and one answer each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.on_gpu = self._has_gpu()
-        self.children: dict[int, Path | None] = {}  # pid -> job folder, or None for a call
-        self.deadlines: dict[int, float] = {}
-        self.spawned: dict[int, subprocess.Popen[bytes]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        previous = os.umask(0o177)
-        try:
-            self.listener.bind(str(path))
-        finally:
-            os.umask(previous)
-        self.listener.listen(64)
-        self.listener.setblocking(False)
-        self.running = True
-
-    def serve(self) -> None:
-        """Serve until SIGTERM or SIGINT; running jobs are not touched."""
-        warm_up()
-        gc.collect()
-        gc.freeze()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(self, "running", False))
-        selector = selectors.DefaultSelector()
-        selector.register(self.listener, selectors.EVENT_READ)
-        while self.running:
-            for _ in selector.select(timeout=0.2):
-                with contextlib.suppress(OSError):
-                    link, _address = self.listener.accept()
-                    self._handle(link)
-            self._reap()
-        self.path.unlink(missing_ok=True)
-
-    def _handle(self, link: socket.socket) -> None:
-        with link:
-            link.settimeout(5.0)
-            request = self._read(link)
-            if request is None:
-                return
-            name = request.get("call") if isinstance(request, dict) else None
-            if name == "launch":
-                link.sendall(encode(self._launch(Path(str(request.get("folder"))))))
-            elif name in FORKED:
-                self._fork_call(link, request)
-            else:
-                link.sendall(encode(answer(request)))
-
-    def _read(self, link: socket.socket) -> Any:
-        raw = b""
-        with contextlib.suppress(OSError):
-            while not raw.endswith(b"\n") and len(raw) <= MAX_REQUEST_BYTES:
-                piece = link.recv(1 << 16)
-                if not piece:
-                    return None
-                raw += piece
-        try:
-            return json.loads(raw)
-        except ValueError:
-            return None
-
-    def _fork_call(self, link: socket.socket, request: Answer) -> None:
-        deadline = time.monotonic() + LONG_CALL_SECONDS.get(str(request.get("call")), CALL_SECONDS)
-        if self.on_gpu:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "engine", "call"], stdin=subprocess.PIPE, stdout=link.fileno()
-            )
-            assert process.stdin is not None
-            process.stdin.write(encode(request))
-            process.stdin.close()
-            self.spawned[process.pid] = process
-            self.deadlines[process.pid] = deadline
-            return
-        pid = os.fork()
-        if pid == 0:
-            self._become_child()
-            try:
-                link.settimeout(CALL_SECONDS)
-                link.sendall(encode(answer(request)))
-            finally:
-                os._exit(0)
-        self.children[pid] = None
-        self.deadlines[pid] = deadline
-
-    def _launch(self, folder: Path) -> Answer:
-        if not (folder / "recipe.json").exists():
-            return {
-                "ok": False,
-                "reason": "bad_input",
-                "faults": [
-                    Fault(
-                        where="folder",
-                        what="There is no recipe in this job's folder.",
-                        why="It was removed, or never written.",
-                        way_out="Start the run again.",
-                        code="no_recipe",
-                    ).to_dict()
-                ],
-            }
-        if self.on_gpu:
-            with (folder / "child.log").open("ab") as output:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "engine", "run", str(folder)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    start_new_session=True,
-                    env={**os.environ, "BONSAI_ENGINE_SOCKET": str(self.path)},
-                )
-            self.spawned[process.pid] = process
-            self.children[process.pid] = folder
-            return {"ok": True, "pid": process.pid, "started": process_start(process.pid)}
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setsid()
-                self._become_child()
-                os.environ["BONSAI_ENGINE_SOCKET"] = str(self.path)
-                output_fd = os.open(folder / "child.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                os.dup2(output_fd, 1)
-                os.dup2(output_fd, 2)
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                from engine.ops.folder import run_folder
-                from engine.train.run import set_threads
-
-                set_threads()
-                run_folder(folder)
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                with contextlib.suppress(Exception):
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                os._exit(code)
-        self.children[pid] = folder
-        return {"ok": True, "pid": pid, "started": process_start(pid)}
-
-    def _become_child(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        self.listener.close()
-        gc.unfreeze()
-
-    def _reap(self) -> None:
-        now = time.monotonic()
-        for pid, deadline in list(self.deadlines.items()):
-            if now > deadline:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            self.deadlines.pop(pid, None)
-            self.spawned.pop(pid, None)
-            folder = self.children.pop(pid, None)
-            if folder is not None and folder.exists():
-                code = os.waitstatus_to_exitcode(status)
-                write_json(folder / "exit.json", {"pid": pid, "code": max(code, 0), "signal": -min(code, 0)})
-
-    @staticmethod
-    def _has_gpu() -> bool:
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # ask the driver without opening a CUDA context
-        import torch
-
-        return torch.cuda.is_available()
-
-
-def warm_up() -> None:
-    """Import everything a child needs; run no tensor operation."""
-    import importlib
-
-    for name in (
-        "torch",
-        "transformers",
-        "peft",
-        "safetensors.torch",
-        "sklearn.linear_model",
-        "sklearn.metrics",
-        "pyarrow.parquet",
-        "transformers.models.llama.modeling_llama",
-        "transformers.models.bert.modeling_bert",
-        "transformers.models.auto.modeling_auto",
-        "transformers.models.auto.tokenization_auto",
-        "engine.ops.check",
-        "engine.ops.folder",
-        "engine.ops.flow",
-        "engine.ops.transform",
-        "engine.train.certificate",
-    ):
-        importlib.import_module(name)
-    catalogue()
-
-
-def serve(path: Path) -> None:
-    """Run the service on a Unix socket."""
-    Service(path).serve()
