@@ -103,7 +103,7 @@ def _waiting(all_clicks: list[Click], clicks: list[list[Click]], cold: list[floa
     first = [one.first for one in all_clicks]
     by_round = [statistics.median(one.first for one in turn) for turn in clicks]
     delays = [delay for one in all_clicks for delay in one.delays]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("request accepted (all checks done, job in the queue), median", f"{statistics.median(one.accepted for one in all_clicks):.2f} s"),
         ("accepted to the first metric in the client, median", f"{statistics.median(first):.2f} s"),
         ("accepted to the first metric in the client, p95", f"{quantile(first, 0.95):.2f} s"),
@@ -125,9 +125,9 @@ def _waiting(all_clicks: list[Click], clicks: list[list[Click]], cold: list[floa
     ]  # fmt: skip
     return Section(
         title="Waiting",
-        intro=f"A real installation started by `manage.py up` in an empty folder; one client over HTTP and a websocket; each of {len(all_clicks)} jobs trains MiniLM-L6 "
-        f"with PaCA on the starter messages for 20 steps. The first step includes loading the model, reading "
-        f"the data and the first evaluation. After every {CLICKS} jobs a cold script trains a LoRA of the same model for one step.",
+        intro=f"A real installation started by `manage.py up` in an empty folder; one client over HTTP and a websocket; each of {len(all_clicks)} jobs "
+        "trains MiniLM-L6 with PaCA on the starter messages for 20 steps. The first step includes loading the model, reading the data and the first "
+        f"evaluation. After every {CLICKS} jobs a cold script trains a LoRA of the same model for one step.",
         columns=("what", "value"),
         rows=rows,
         goals=goals,

@@ -128,7 +128,7 @@ class Installation:
     def visit_every_page(self, limit: int = 200) -> list[str]:
         """Follow every link from the front page, each kind of page at most three times; returns the addresses that were served."""
         waiting, seen, kinds = deque(["/", "/api/v1/docs", "/admin/"]), {"/"}, dict[str, int]()
-        served = []
+        served: list[str] = []
         while waiting and len(served) < limit:
             path = waiting.popleft()
             answer = self.session.get(self.address + path, timeout=60)
