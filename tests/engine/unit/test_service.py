@@ -80,6 +80,7 @@ def test_a_waiting_process_that_dies_is_replaced(yard: Yard) -> None:
         yard.job("makes-one", gpu="0")
     waiting = until(lambda: yard.client.call("ping")["spare"], 30)
     os.kill(waiting, 9)
+    until(lambda: yard.client.call("ping")["spare"] != waiting)
     ended = yard.job("after-its-death", gpu="0")
     assert ended["outcome"] == "succeeded" and ended["pid"] != waiting
 
