@@ -24,7 +24,8 @@ from jobs.models import Event, Job
 from jobs.wake import Bell
 
 logger = logging.getLogger(__name__)
-FRAME_SECONDS = 0.1
+FRAME_SECONDS = 0.1  # at most ten frames a second on average …
+BURST_FRAMES = 3  # … of which so many may follow each other at once after a silence
 POLL_SECONDS = 1.0
 FRAME_EVENTS = 1000
 MAX_BACKLOG = 5000
@@ -60,6 +61,7 @@ class Viewer:
 class _Topic:
     cursor: int
     viewers: set[Viewer] = field(default_factory=set)
+    spent: float = 0.0  # until when the frames that were sent use up the rate
     next_frame: float = 0.0
 
 
@@ -148,7 +150,9 @@ class Pump:
             return
         if frame is not None:
             topic.cursor = frame.last_seq
-            topic.next_frame = asyncio.get_running_loop().time() + FRAME_SECONDS
+            now = asyncio.get_running_loop().time()
+            topic.spent = max(topic.spent, now) + FRAME_SECONDS
+            topic.next_frame = topic.spent - (BURST_FRAMES - 1) * FRAME_SECONDS
         if frame is not None or more is None:
             for viewer in tuple(topic.viewers):
                 viewer.offer(frame)

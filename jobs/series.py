@@ -1,7 +1,7 @@
 """Curves to look at: thinned out so that a browser can draw them, with every spike still there.
 
 Each bucket of neighbouring steps keeps its least, its greatest, its last and its first non-finite value. What was read once stays in
-memory, so that a running job costs only its new rows.
+memory, so that a running job costs only its new rows. numpy is loaded by the first curve that has to be thinned out: the web process stays small.
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ import math
 import threading
 import uuid
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from engine.core.events import LOG_NAME, read_events
 from jobs.models import Event, Job
@@ -75,11 +73,11 @@ def series(job: Job, points: int = 2000) -> dict[str, Any]:
     rows = _rows(job)
     with rows.lock:
         _read_on(job, rows)
-        columns = {name: np.array(column, dtype=np.float64) for name, column in rows.columns.items()}
+        columns = {name: column[:] for name, column in rows.columns.items()}
         evaluations, signals, last = list(rows.evaluations), list(rows.signals), rows.last_seq
     curves = {name: _thinned(columns, name, points) for name in CURVES}
     curves |= _evaluation_curves(evaluations, columns, points)
-    samples_at = dict(zip(columns["step"].tolist(), columns["samples"].tolist(), strict=True)) if signals else {}
+    samples_at = dict(zip(columns["step"], columns["samples"], strict=True)) if signals else {}
     return {
         "last_seq": last,
         "num_steps": len(columns["step"]),
@@ -89,11 +87,14 @@ def series(job: Job, points: int = 2000) -> dict[str, Any]:
     }
 
 
-def decimate(values: NDArray[np.float64], points: int) -> NDArray[np.int64]:
+def decimate(column: Sequence[float], points: int) -> Sequence[int]:
     """Indices of the values to keep, in order: of each bucket the least, the greatest, the last and the first that is not finite."""
-    num = len(values)
+    num = len(column)
     if num <= points:
-        return np.arange(num)
+        return range(num)
+    import numpy as np
+
+    values = np.asarray(column, dtype=np.float64)
     buckets = max(1, points // 4)
     edges = np.linspace(0, num, buckets + 1).astype(np.int64)
     starts = edges[:-1]
@@ -111,7 +112,8 @@ def decimate(values: NDArray[np.float64], points: int) -> NDArray[np.int64]:
     odd = np.flatnonzero(~finite)
     _, first = np.unique(bucket_of[odd], return_index=True)
     kept.append(odd[first])
-    return np.unique(np.concatenate(kept))
+    indices: list[int] = np.unique(np.concatenate(kept)).tolist()
+    return indices
 
 
 def _rows(job: Job) -> Rows:
@@ -156,37 +158,46 @@ def _read_pruned(job: Job, rows: Rows, first: int) -> None:
     rows.last_seq = first - 1
 
 
-def _thinned(columns: Mapping[str, NDArray[np.float64]], name: str, points: int) -> dict[str, list[Any]]:
+def _thinned(columns: Mapping[str, Sequence[float]], name: str, points: int) -> dict[str, list[Any]]:
     chosen = decimate(columns[name], points)
-    curve: dict[str, list[Any]] = {"value": [_number(value) for value in columns[name][chosen].tolist()]}
+    if not chosen:
+        return {"value": []}
+    curve: dict[str, list[Any]] = {"value": [_number(columns[name][index]) for index in chosen]}
     for axis in AXES:
-        picked = columns[axis][chosen]
-        curve[axis] = (
-            [_number(value) for value in picked.tolist()] if axis == "seconds" else picked.astype(np.int64).tolist()
-        )
-    return curve if np.isfinite(columns[name]).any() or len(chosen) else {"value": []}
+        picked = [columns[axis][index] for index in chosen]
+        curve[axis] = [_number(value) if axis == "seconds" else int(value) for value in picked]
+    return curve
 
 
 def _evaluation_curves(
-    evaluations: list[dict[str, Any]], columns: Mapping[str, NDArray[np.float64]], points: int
+    evaluations: list[dict[str, Any]], columns: Mapping[str, Sequence[float]], points: int
 ) -> dict[str, Any]:
     """One curve for every number that is measured on held-out rows."""
     names = sorted(
         {key for row in evaluations for key, value in row.items() if key.startswith("eval_") and _is_number(value)}
     )
-    if not names:
-        return {}
-    steps = np.array([row["step"] for row in evaluations], dtype=np.float64)
-    samples = np.array([row.get("samples") or 0 for row in evaluations], dtype=np.float64)
-    known = columns["step"]
-    seconds = np.interp(steps, known, columns["seconds"], left=0.0) if len(known) else np.zeros(len(steps))
+    axes = {
+        "step": [float(row["step"]) for row in evaluations],
+        "samples": [float(row.get("samples") or 0) for row in evaluations],
+        "seconds": [_seconds_at(row["step"], columns["step"], columns["seconds"]) for row in evaluations],
+    }
     curves = {}
     for name in names:
-        values = np.array(
-            [row[name] if _is_number(row.get(name)) else math.nan for row in evaluations], dtype=np.float64
-        )
-        curves[name] = _thinned({"step": steps, "samples": samples, "seconds": seconds, name: values}, name, points)
+        values = [float(row[name]) if _is_number(row.get(name)) else math.nan for row in evaluations]
+        curves[name] = _thinned({**axes, name: values}, name, points)
     return curves
+
+
+def _seconds_at(step: float, steps: Sequence[float], seconds: Sequence[float]) -> float:
+    """When a step was over: between two known steps on the line between them, before the first 0, behind the last as then."""
+    after = bisect_right(steps, step)
+    if not after:
+        return 0.0
+    before = after - 1
+    if after == len(steps):
+        return seconds[before]
+    share = (step - steps[before]) / (steps[after] - steps[before])
+    return seconds[before] + share * (seconds[after] - seconds[before])
 
 
 def _is_number(value: Any) -> bool:

@@ -25,7 +25,7 @@ from jobs.models import ACTIVE, Job, Status
 from jobs.places import job_folder
 
 logger = logging.getLogger(__name__)
-LOOK_SECONDS = 0.1
+FIRST_LOOK_SECONDS, LOOK_SECONDS, SLOWER = 0.01, 0.1, 1.25  # looks at the log are frequent after news and become rarer
 ASK_SECONDS = 1.0
 RENEWALS_PER_LEASE = 6
 
@@ -78,6 +78,7 @@ class Supervision:
         self._forwarded = ""
         self._deadline: float | None = None
         self._next_signal: Literal["TERM", "KILL"] = "TERM"
+        self._pause = FIRST_LOOK_SECONDS
 
     def run(self) -> None:
         topic = str(self.job.pk)
@@ -90,7 +91,7 @@ class Supervision:
                 alive = self._patiently(self._tick, rung=flag.is_set())
                 if not alive:
                     break
-                flag.wait(LOOK_SECONDS)
+                flag.wait(self._pause)
             self._patiently(self._end)
         finally:
             if ears:
@@ -122,6 +123,7 @@ class Supervision:
         """One look at everything; False when the child has ended."""
         alive = self.child is not None and self.child.is_alive()
         taken = self.ingester.drain()
+        self._pause = FIRST_LOOK_SECONDS if taken.num_events else min(self._pause * SLOWER, LOOK_SECONDS)
         now = time.monotonic()
         if self.job.status == Status.STARTING and "running" in taken.states:
             self._move(Status.RUNNING, message=taken.message)
