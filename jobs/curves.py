@@ -1,7 +1,7 @@
 """The columns of a job's log, kept beside it: charts of long runs read numbers instead of parsing text.
 
     curves/head.json       how far the log was read, and how much of the two files counts
-    curves/<n>.f64         one row of FIELDS for every optimizer step, little-endian, NaN where there is no number
+    curves/<n>.f64         one row of FIELDS for every optimizer step, as the machine writes doubles, NaN where there is no number
     curves/<n>.jsonl       evaluations and signals: {"kind", "step", "data"}
 
 The log is the truth. What is written behind the counts of the head does not exist; the head is renamed into place when the files are on the disk.
@@ -15,31 +15,35 @@ import fcntl
 import json
 import math
 import os
+import struct
+import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
 
 from engine.core.events import LOG_NAME
 
 FIELDS = ("step", "samples", "seconds", "loss", "grad_norm", "learning_rate")
+LAYOUT = (*FIELDS, sys.byteorder)
 ROW_BYTES = 8 * len(FIELDS)
 PIECE_BYTES = 4 << 20  # of the log, read at once
 PIECE_ROWS = 1 << 16  # of the columns, for who reads some at a time
 MARKS = ("evaluation", "signal")
-Values = NDArray[np.float64]
+Row = tuple[float, ...]
+_DOUBLE = struct.Struct("d")
+_NAN = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """What counts: up to which byte and line the log was read, the number of the files, and their length."""
 
-    fields: tuple[str, ...] = FIELDS
+    layout: tuple[str, ...] = LAYOUT
     number: int = 0
     offset: int = 0
     seq: int = 0
@@ -67,22 +71,22 @@ class Curves:
                         break
         return self
 
-    def read(self, start: int, end: int) -> Values:
-        """Rows start … end: (end - start, FIELDS)."""
-        if end <= start:
-            return np.empty((0, len(FIELDS)))
-        with self._path("f64").open("rb") as file:
-            file.seek(start * ROW_BYTES)
-            return np.frombuffer(file.read((end - start) * ROW_BYTES), "<f8").reshape(-1, len(FIELDS))
+    def read(self, start: int, end: int) -> dict[str, array[float]]:
+        """Rows start … end, by column."""
+        flat = array("d")
+        if end > start:
+            with self._path("f64").open("rb") as file:
+                file.seek(start * ROW_BYTES)
+                flat.frombytes(file.read((end - start) * ROW_BYTES))
+        return {name: flat[place :: len(FIELDS)] for place, name in enumerate(FIELDS)}
 
-    def at_steps(self, steps: Sequence[int]) -> Values:
-        """The row of each step, or the last one before it; NaN where there is none: (steps, FIELDS)."""
-        found = np.full((len(steps), len(FIELDS)), math.nan)
-        for place, step in enumerate(steps):
-            row = self.first_at("step", step + 0.5) - 1
-            if row >= 0:
-                found[place] = self.read(row, row + 1)
-        return found
+    def at_steps(self, steps: Sequence[int]) -> list[dict[str, float] | None]:
+        """The row of each step, or the last one before it; None where there is none."""
+        places = [self.first_at("step", step + 0.5) - 1 for step in steps]
+        return [
+            {name: column[0] for name, column in self.read(place, place + 1).items()} if place >= 0 else None
+            for place in places
+        ]
 
     def first_at(self, axis: str, value: float) -> int:
         """The first row whose `axis`, which never falls, is at least `value`."""
@@ -92,7 +96,7 @@ class Curves:
         with self._path("f64").open("rb") as file:
             while low < high:
                 middle = (low + high) // 2
-                here = np.frombuffer(os.pread(file.fileno(), 8, middle * ROW_BYTES + 8 * column), "<f8")[0]
+                (here,) = _DOUBLE.unpack(os.pread(file.fileno(), 8, middle * ROW_BYTES + 8 * column))
                 low, high = (middle + 1, high) if here < value else (low, middle)
         return low
 
@@ -112,14 +116,14 @@ class Curves:
     def _read_head(self) -> Head:
         try:
             values = json.loads((self.place / "head.json").read_bytes())
-            return Head(**{**values, "fields": tuple(values["fields"])})
+            return Head(**{**values, "layout": tuple(values["layout"])})
         except FileNotFoundError:
             return Head()
         except (ValueError, TypeError, KeyError):
-            return Head(number=-1, fields=())  # of another version: made anew
+            return Head(number=-1, layout=())  # of another version: made anew
 
     def _is_behind(self, upto: int) -> bool:
-        return self.head.offset != upto or self.head.fields != FIELDS
+        return self.head.offset != upto or self.head.layout != LAYOUT
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -150,7 +154,7 @@ class Curves:
     def _goes_on(self, log: BinaryIO, upto: int) -> bool:
         """Whether our files are whole and the log continues behind what was read of it with the next number."""
         head = self.head
-        if head.fields != FIELDS or head.offset > upto:
+        if head.layout != LAYOUT or head.offset > upto:
             return False
         if not head.offset:
             return True
@@ -174,9 +178,9 @@ class Curves:
 
     def _append(self, raw: bytes) -> None:
         head = self.head
-        last = float(self.read(head.rows - 1, head.rows)[0, 0]) if head.rows else -1.0
+        last = self.read(head.rows - 1, head.rows)["step"][0] if head.rows else -1.0
         rows, marks, seq = _columns(raw)
-        fresh = _first_of_each_step(rows, last)
+        fresh = array("d", chain.from_iterable(_first_of_each_step(rows, last)))
         text = self._new_marks(marks)
         self._write("f64", head.rows * ROW_BYTES, fresh.tobytes())
         self._write("jsonl", head.marks, text)
@@ -184,7 +188,7 @@ class Curves:
             number=head.number,
             offset=head.offset + len(raw),
             seq=max(seq, head.seq),
-            rows=head.rows + len(fresh),
+            rows=head.rows + len(fresh) // len(FIELDS),
             marks=head.marks + len(text),
         )
         self._write_head()
@@ -221,16 +225,15 @@ def _mark_key(mark: Mapping[str, Any]) -> tuple[str, int, str]:
     return mark["kind"], mark["step"], str(mark["data"].get("key", ""))
 
 
-def _first_of_each_step(rows: Values, last: float) -> Values:
+def _first_of_each_step(rows: Iterable[Row], last: float) -> Iterator[Row]:
     """Rows whose step is greater than every step before them: a step that was repeated after the log lost its end is left out."""
-    steps = rows[:, 0]
-    if len(steps) == 0:
-        return rows
-    before = np.maximum.accumulate(np.concatenate(([last], steps[:-1])))
-    return rows[steps > before]
+    for row in rows:
+        if row[0] > last:
+            last = row[0]
+            yield row
 
 
-def _columns(raw: bytes) -> tuple[Values, list[dict[str, Any]], int]:
+def _columns(raw: bytes) -> tuple[list[Row], list[dict[str, Any]], int]:
     """What lines of the log hold: rows (num, FIELDS), marks, and the number of the last line."""
     lines = raw.splitlines()
     try:
@@ -239,8 +242,8 @@ def _columns(raw: bytes) -> tuple[Values, list[dict[str, Any]], int]:
         return _gathered(body for line in lines if (body := _checked(line)))
 
 
-def _gathered(bodies: Iterable[Mapping[str, Any]]) -> tuple[Values, list[dict[str, Any]], int]:
-    rows: list[tuple[float | None, ...]] = []
+def _gathered(bodies: Iterable[Mapping[str, Any]]) -> tuple[list[Row], list[dict[str, Any]], int]:
+    rows: list[Row] = []
     marks: list[dict[str, Any]] = []
     seq = 0
     for body in bodies:
@@ -249,18 +252,11 @@ def _gathered(bodies: Iterable[Mapping[str, Any]]) -> tuple[Values, list[dict[st
             rows += map(_fields, body["data"]["rows"])
         elif kind in MARKS:
             marks.append({"kind": kind, "step": body["step"], "data": body["data"]})
-    return np.array(rows, dtype=np.float64).reshape(-1, len(FIELDS)), marks, seq
+    return rows, marks, seq
 
 
-def _fields(row: Mapping[str, Any]) -> tuple[float | None, ...]:
-    return (
-        row["step"],
-        row.get("samples"),
-        row.get("seconds"),
-        row.get("loss"),
-        row.get("grad_norm"),
-        row.get("learning_rate"),
-    )
+def _fields(row: Mapping[str, Any]) -> Row:
+    return tuple([_NAN if (value := row.get(name)) is None else float(value) for name in FIELDS])
 
 
 def _checked(line: bytes) -> dict[str, Any] | None:

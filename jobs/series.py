@@ -7,19 +7,20 @@ beside the log (`jobs.curves`), some at a time, so that neither time nor memory 
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from jobs.curves import FIELDS, PIECE_ROWS, Curves
+from jobs.curves import PIECE_ROWS, Curves
 from jobs.models import Job
 from jobs.places import job_folder
 
 CURVES = ("loss", "grad_norm", "learning_rate")
 AXES = ("step", "samples", "seconds")
+MANY = 20_000  # so many values at once are worth loading numpy
 Axis = Literal["step", "samples", "seconds"]
 
 
@@ -50,47 +51,75 @@ def series(
         for name, curve in _evaluation_curves(rows, evaluations, points).items()
         if not names or name in names
     }
-    samples = rows.at_steps([signal["step"] for signal in signals])[:, FIELDS.index("samples")].tolist()
+    places = rows.at_steps([signal["step"] for signal in signals])
     body = {
         "last_seq": last,
         "num_steps": rows.head.rows,
         "curves": curves,
-        "signals": [{**signal, "samples": _whole(num)} for signal, num in zip(signals, samples, strict=True)],
+        "signals": [
+            {**signal, "samples": place and int(place["samples"])}
+            for signal, place in zip(signals, places, strict=True)
+        ],
     }
     return body if names else {**body, "evaluations": evaluations}
 
 
-def decimate(values: NDArray[np.float64], points: int) -> NDArray[np.int64]:
+def decimate(values: array[float], points: int) -> list[int]:
     """Indices of the values to keep, in order: the first; of each bucket the least, the greatest, the last and the first that is not finite."""
     return _kept(values, bucket_edges(len(values), points))
 
 
-def bucket_edges(num: int, points: int) -> NDArray[np.int64]:
+def bucket_edges(num: int, points: int) -> list[int]:
     """Where buckets begin and end, for `num` values of which about `points` are kept at most. The first value is a bucket of its own."""
     if num <= points:
-        return np.arange(num + 1)
-    return np.concatenate(([0], np.linspace(1, num, max(1, (points - 1) // 4) + 1).astype(np.int64)))
+        return list(range(num + 1))
+    buckets = max(1, (points - 1) // 4)
+    return [0, *(1 + (num - 1) * place // buckets for place in range(buckets + 1))]
 
 
-def _kept(values: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np.int64]:
+def _kept(values: array[float], edges: Sequence[int]) -> list[int]:
     """What `decimate` keeps of the buckets between `edges`, which begin at 0 and end at the number of values."""
     if len(edges) == len(values) + 1:
-        return np.arange(len(values))
-    finite = np.isfinite(values)
-    kept = [edges[1:] - 1]
+        return list(range(len(values)))
+    return (kept_of_many if len(values) >= MANY else kept_of_few)(values, edges)
+
+
+def kept_of_few(values: array[float], edges: Sequence[int]) -> list[int]:
+    """Bucket by bucket, without numpy."""
+    kept = set()
+    for start, end in pairwise(edges):
+        part = values[start:end]
+        kept.add(end - 1)
+        finite = part.tolist()
+        if not math.isfinite(sum(part)):  # one of them is not finite, or their sum is not
+            odd = next((place for place, value in enumerate(part) if not math.isfinite(value)), None)
+            if odd is not None:
+                kept.add(start + odd)
+            finite = [value for value in part if math.isfinite(value)]
+        if finite:
+            kept |= {start + part.index(min(finite)), start + part.index(max(finite))}
+    return sorted(kept)
+
+
+def kept_of_many(values: array[float], edges: Sequence[int]) -> list[int]:
+    """The same indices as `kept_of_few`, all buckets at once. Only long runs load numpy: the web process stays small."""
+    import numpy as np
+
+    column, borders = np.frombuffer(values), np.array(edges)
+
+    def first_hits(hit: Any) -> Any:
+        where = np.flatnonzero(hit)
+        place = np.searchsorted(where, borders)
+        return where[place[:-1][place[:-1] < place[1:]]]
+
+    finite = np.isfinite(column)
+    kept = [borders[1:] - 1, first_hits(~finite)]
     for empty, extreme in ((np.inf, np.minimum), (-np.inf, np.maximum)):
-        filled = np.where(finite, values, empty)
-        extremes = np.repeat(extreme.reduceat(filled, edges[:-1]), np.diff(edges))
-        kept.append(_first_of_buckets(finite & (filled == extremes), edges))
-    kept.append(_first_of_buckets(~finite, edges))
-    return np.unique(np.concatenate(kept))
-
-
-def _first_of_buckets(hit: NDArray[np.bool_], edges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first hit of each bucket that has one."""
-    where = np.flatnonzero(hit)
-    place = np.searchsorted(where, edges)
-    return where[place[:-1][place[:-1] < place[1:]]]
+        filled = np.where(finite, column, empty)
+        extremes = np.repeat(extreme.reduceat(filled, borders[:-1]), np.diff(borders))
+        kept.append(first_hits(finite & (filled == extremes)))
+    indices: list[int] = np.unique(np.concatenate(kept)).tolist()
+    return indices
 
 
 def _range(rows: Curves, window: Window | None) -> tuple[int, int]:
@@ -106,32 +135,31 @@ def _range(rows: Curves, window: Window | None) -> tuple[int, int]:
 def _step_curves(rows: Curves, points: int, shown: tuple[int, int], names: Sequence[str]) -> dict[str, Any]:
     """Decimated curves of the rows start … end."""
     start, end = shown
-    edges = start + bucket_edges(end - start, points)
-    chosen: dict[str, list[NDArray[np.float64]]] = {name: [] for name in names}
+    edges = bucket_edges(end - start, points)
+    chosen: dict[str, dict[str, list[float]]] = {name: {column: [] for column in (*AXES, "value")} for name in names}
     bucket = 0
     while bucket < len(edges) - 1:  # a number of whole buckets at a time
-        stop = max(bucket + 1, int(np.searchsorted(edges, edges[bucket] + PIECE_ROWS, "right")) - 1)
-        part = rows.read(int(edges[bucket]), int(edges[stop]))
-        for name, kept in chosen.items():
-            kept.append(part[_kept(part[:, FIELDS.index(name)], edges[bucket : stop + 1] - edges[bucket])])
+        stop = max(bucket + 1, bisect_right(edges, edges[bucket] + PIECE_ROWS) - 1)
+        part = rows.read(start + edges[bucket], start + edges[stop])
+        inside = [edge - edges[bucket] for edge in edges[bucket : stop + 1]]
+        for name, curve in chosen.items():
+            values = part[name]
+            kept = _kept(values, inside)
+            curve["value"] += [values[place] for place in kept]
+            for axis in AXES:
+                curve[axis] += [part[axis][place] for place in kept]
         bucket = stop
-    curves = {name: np.concatenate(kept) for name, kept in chosen.items() if kept}
+    return {name: _spoken(curve) for name, curve in chosen.items() if curve["value"]}
+
+
+def _spoken(curve: Mapping[str, Sequence[float]]) -> dict[str, list[Any]]:
+    """Numbers as they travel: seven digits are more than a screen shows, and what is not finite is null, because JSON has no NaN."""
     return {
-        name: _curve({column: values[:, FIELDS.index(column)] for column in (*AXES, name)}, name)
-        for name, values in curves.items()
+        name: [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
+        if name in ("value", "seconds")
+        else [int(value) if math.isfinite(value) else 0 for value in values]
+        for name, values in curve.items()
     }
-
-
-def _curve(columns: Mapping[str, NDArray[np.float64]], name: str) -> dict[str, list[Any]]:
-    curve: dict[str, list[Any]] = {"value": [_number(value) for value in columns[name].tolist()]}
-    for axis in AXES:
-        values = columns[axis]
-        curve[axis] = (
-            [_number(value) for value in values.tolist()]
-            if axis == "seconds"
-            else np.nan_to_num(values).astype(np.int64).tolist()
-        )
-    return curve
 
 
 def _evaluation_curves(rows: Curves, evaluations: Sequence[Mapping[str, Any]], points: int) -> dict[str, Any]:
@@ -141,29 +169,20 @@ def _evaluation_curves(rows: Curves, evaluations: Sequence[Mapping[str, Any]], p
     )
     if not names:
         return {}
-    known = rows.at_steps([row["step"] for row in evaluations])
     columns = {
-        "step": np.array([row["step"] for row in evaluations], dtype=np.float64),
-        "samples": np.array([row.get("samples") or 0 for row in evaluations], dtype=np.float64),
-        "seconds": np.nan_to_num(known[:, FIELDS.index("seconds")]),
+        "step": [float(row["step"]) for row in evaluations],
+        "samples": [float(row.get("samples") or 0) for row in evaluations],
+        "seconds": [row["seconds"] if row else 0.0 for row in rows.at_steps([row["step"] for row in evaluations])],
     }
     curves = {}
     for name in names:
-        values = [row[name] if _is_number(row.get(name)) else math.nan for row in evaluations]
-        columns[name] = np.array(values, dtype=np.float64)
-        kept = decimate(columns[name], points)
-        curves[name] = _curve({column: columns[column][kept] for column in (*AXES, name)}, name)
+        values = array("d", [row[name] if _is_number(row.get(name)) else math.nan for row in evaluations])
+        kept = decimate(values, points)
+        curves[name] = _spoken(
+            {column: [numbers[place] for place in kept] for column, numbers in {"value": values, **columns}.items()}
+        )
     return curves
-
-
-def _whole(value: float) -> int | None:
-    return int(value) if math.isfinite(value) else None
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: float) -> float | None:
-    """Seven digits are more than a screen shows; what is not finite is null, because JSON has no NaN."""
-    return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +49,7 @@ def said(folder: Path) -> tuple[list[list[float | None]], list[dict[str, Any]]]:
 
 
 def held(columns: Curves) -> tuple[list[list[float | None]], list[dict[str, Any]]]:
-    rows = columns.read(0, columns.head.rows).tolist()
+    rows = zip(*columns.read(0, columns.head.rows).values(), strict=True)
     return [[None if math.isnan(value) else value for value in row] for row in rows], columns.marks("evaluation")
 
 
@@ -112,7 +112,7 @@ def test_a_log_that_lost_its_end_and_went_on_is_followed(tmp_path: Path) -> None
     write(tmp_path, 1, 40, per_event=4)  # the engine leaves out what the log holds
     columns = Curves(tmp_path).read_on(size(tmp_path))
     assert held(columns) == said(tmp_path)
-    assert columns.read(0, 40)[:, 0].tolist() == list(range(1, 41))
+    assert columns.read(0, 40)["step"].tolist() == list(range(1, 41))
 
 
 def test_steps_and_marks_that_the_log_says_twice_are_there_once(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     lines[2:2] = [b"{\xff\n", b"[]\n", b'{"seq":1,"kind":"metric","step":1,"data":{"rows":["a"]}}\n']
     path.write_bytes(b"".join(lines))
-    assert Curves(tmp_path).read_on(size(tmp_path)).read(0, 9)[:, 0].tolist() == list(range(1, 10))
+    assert Curves(tmp_path).read_on(size(tmp_path)).read(0, 9)["step"].tolist() == list(range(1, 10))
 
 
 def test_many_who_look_at_once_see_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +179,8 @@ def test_places_on_an_axis(tmp_path_factory: pytest.TempPathFactory, steps: list
     log.close()
     columns = Curves(folder).read_on(size(folder))
     for axis, scale in (("step", 1.0), ("samples", 8.0), ("seconds", 0.1)):
-        wanted = np.searchsorted(columns.read(0, len(steps))[:, FIELDS.index(axis)], value * scale)
+        wanted = bisect_left(columns.read(0, len(steps))[axis], value * scale)
         assert columns.first_at(axis, value * scale) == wanted
     before = [step for step in steps if step <= value]
-    row = columns.at_steps([math.floor(value)])[0]
-    assert math.isnan(row[0]) if not before else row[0] == before[-1]
+    (row,) = columns.at_steps([math.floor(value)])
+    assert row is None if not before else row is not None and row["step"] == before[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +19,7 @@ from jobs import series as module
 from jobs.ingest import Ingester
 from jobs.models import Event, Job
 from jobs.places import job_folder
-from jobs.series import Window, bucket_edges, decimate, series
+from jobs.series import Window, bucket_edges, decimate, kept_of_few, kept_of_many, series
 from tests.jobs.conftest import MakeJob
 from tests.jobs.logs import metric_row
 
@@ -30,7 +31,7 @@ VALUES = st_numpy.arrays(
 @settings(max_examples=200, deadline=None)
 @given(values=VALUES, points=st.integers(10, 800))
 def test_no_spike_vanishes(values: np.ndarray, points: int) -> None:
-    kept = decimate(values, points)
+    kept = np.array(decimate(array("d", values), points))
     assert len(kept) <= points
     assert (np.diff(kept) > 0).all(), "in order, each once"
     assert kept[0] == 0 and kept[-1] == len(values) - 1, "the first and the newest value are shown"
@@ -40,7 +41,7 @@ def test_no_spike_vanishes(values: np.ndarray, points: int) -> None:
         assert shown.min() == finite.min() and shown.max() == finite.max()
     assert np.isfinite(values).all() == np.isfinite(values[kept]).all(), "what is not finite is seen to be"
     if len(values) > points:
-        edges = bucket_edges(len(values), points).tolist()
+        edges = bucket_edges(len(values), points)
         assert edges[0] == 0 and edges[-1] == len(values)
         for low, high in itertools.pairwise(edges):
             inside = values[low:high][np.isfinite(values[low:high])]
@@ -49,10 +50,23 @@ def test_no_spike_vanishes(values: np.ndarray, points: int) -> None:
                 assert inside.min() in here and inside.max() in here
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    values=VALUES
+    | st_numpy.arrays(
+        np.float64, st.integers(1, 300), elements=st.sampled_from([0.0, -0.0, 1.0, math.nan, -math.inf, 1e308])
+    ),
+    points=st.integers(10, 800),
+)
+def test_many_values_are_thinned_as_few_are(values: np.ndarray, points: int) -> None:
+    column, edges = array("d", values), bucket_edges(len(values), points)
+    assert kept_of_many(column, edges) == kept_of_few(column, edges)
+
+
 @settings(max_examples=50, deadline=None)
 @given(place=st.integers(0, 99_999), points=st.integers(40, 3000))
 def test_one_spike_in_a_hundred_thousand_is_there(place: int, points: int) -> None:
-    values = np.sin(np.arange(100_000) / 900)
+    values = array("d", np.sin(np.arange(100_000) / 900))
     values[place] = 50.0
     assert place in decimate(values, points)
 
