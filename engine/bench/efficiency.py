@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import logging
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.bench.backward import saved_bytes
 from engine.bench.measure import Timing, interleave, ratio_interval
 from engine.bench.pages import Goal, Section, Study
+from engine.bench.rivals import bare_loop, lora_model, trainer_steps
 from engine.bench.workbench import Workbench, forward, random_llama, step, story_file
-from engine.starters import dialogues, starter_data
 from engine.train.run import Run, set_threads
 from engine.train.trainables import optimizer_bytes
 
@@ -168,11 +163,11 @@ def _loop(bench: Workbench) -> Section:
         )
     )
     micro = run.next_batches()
-    bare = _bare_loop(str(folder), micro[0])
+    bare = bare_loop(str(folder), micro[0])
     full = [
         (ids.tolist(), labels.tolist()) for ids, labels in zip(micro[0]["input_ids"], micro[0]["labels"], strict=True)
     ]
-    trainer = _trainer_steps(str(folder), [full] * 12, run.tokenizer.pad_token_id)
+    trainer = trainer_steps(lora_model(str(folder)), [full] * 12, run.tokenizer.pad_token_id)
     trainer()
     timings = interleave({"bare": bare, "ours": _stepper(run, micro)}, rounds=ROUNDS * 2)
     tokens = int(micro[0]["num_tokens"])
@@ -230,147 +225,8 @@ def _loop(bench: Workbench) -> Section:
     return section
 
 
-def conversations(bench: Workbench) -> Section:
-    """Real tokens a second on conversations of every length: what a person gets from the Trainer's defaults, and from ours."""
-    folder = random_llama(bench.folder, **SHAPES["Llama 13 M (hidden 384, 6 layers)"])
-    rows = bench.folder / "dialogues.jsonl"
-    short = Path(starter_data("village-instructions").path).read_text(encoding="utf-8").splitlines()
-    long = [json.dumps(row) for row in dialogues(11, len(short))]
-    rows.write_text("".join(f"{one}\n{other}\n" for one, other in zip(short, long, strict=True)), encoding="utf-8")
-    lora = ("lora", {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear"})
-    settings: dict[str, Any] = {
-        "learning_rate": 1e-4,
-        "epochs": 50,
-        "batch_size": 8,
-        "max_length": LENGTH,
-        "precision": "fp32",
-    }
-    run = bench.run(bench.recipe(f"folder:{folder}", f"file:{rows}", [lora, *COMMON], task="instruct", **settings))
-    train = run.encoded.train
-    groups = run.task.batches(train, range(len(train)), 8, run.recipe)[:12]
-    examples = [[train[index] for index in group] for group in groups]
-    batches = [[run.task.collate(group, run.tokenizer, run.recipe)] for group in examples]
-    real = sum(int(batch["num_tokens"]) for micro in batches for batch in micro)
-    pad = run.tokenizer.pad_token_id
-    trainer = _trainer_steps(str(folder), [[(e.input_ids, e.labels) for e in group] for group in examples], pad)
-    trainer()
-    for micro in batches[:3]:
-        step(run, micro)
-    ours, theirs = [], []
-    for _ in range(7):
-        ours.append(_timed(lambda: _through(run, batches)))
-        theirs.append(trainer())
-    ratio = ratio_interval(theirs, ours)
-    padded = sum(len(group) * max(len(e) for e in group) for group in examples)
-    section = Section(
-        title="On conversations as people have them",
-        columns=("loop", "real tokens / s", "ours / Trainer", "95 % interval"),
-        intro=f"The same model and LoRA on {sum(map(len, examples))} conversations, half of them short requests (our starter data) and half with a "
-        f"story to read, in 12 batches of 8; loss on answers only. The Trainer pads each batch to its longest row ({padded / real:.2f} places for each "
-        "real token) and computes logits everywhere; ours packs, and computes logits where an answer stands. Both see the same examples in the same "
-        "batches; only real tokens count.",
-    )
-    section.rows += [
-        ("transformers Trainer", f"{real / statistics.median(theirs):,.0f}", "", ""),
-        ("ours", f"{real / statistics.median(ours):,.0f}", f"{ratio[0]:.3f}", f"{ratio[1]:.3f} – {ratio[2]:.3f}"),
-    ]
-    section.remarks.append(f"The aim is at least 1.10: {'met' if ratio[1] >= 1.1 else 'not met'}.")
-    section.goals.append(
-        Goal(
-            goal="conversations vs Trainer",
-            value=ratio[0],
-            interval=ratio[1:],
-            target=1.1,
-            better="more",
-            baseline="transformers Trainer + peft, its defaults",
-        )
-    )
-    return section
-
-
-def _lora_model(folder: str) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return get_peft_model(
-        model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-
-
-def _bare_loop(folder: str, batch: dict[str, Tensor]) -> Callable[[], None]:
-    model = _lora_model(folder)
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-    inputs, labels = batch["input_ids"], batch["labels"]
-
-    def one() -> None:
-        model(input_ids=inputs, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return one
-
-
-def _trainer_steps(folder: str, batches: list[list[tuple[list[int], list[int]]]], pad: int) -> Callable[[], float]:
-    """A function that trains once over the batches with transformers' Trainer and returns the seconds, its start-up left out.
-
-    `batches` holds (input ids, labels) of each example; rows of a batch are padded to its longest, as the Trainer's collators do.
-    """
-    import tempfile
-    import time
-
-    from torch.utils.data import SequentialSampler
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    model = _lora_model(folder)
-    rows = [example for batch in batches for example in batch]
-
-    def collate(examples: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-        width = max(len(ids) for ids, _ in examples)
-        return {
-            "input_ids": torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in examples]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples]),
-            "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples]),
-        }
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            return SequentialSampler(rows)
-
-    class Stopwatch(TrainerCallback):
-        start = end = 0.0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.start = self.start or time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.end = time.perf_counter()
-
-    def once() -> float:
-        watch = Stopwatch()
-        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            arguments = TrainingArguments(
-                output_dir=out, max_steps=len(batches), per_device_train_batch_size=len(batches[0]), learning_rate=1e-4, report_to=[],
-                save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-                use_cpu=not torch.cuda.is_available(),
-            )  # fmt: skip
-            trainer = InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collate, callbacks=[watch])
-            trainer.train()
-        return watch.end - watch.start
-
-    return once
-
-
 def _repeat(run: Run, micro: list[dict[str, Tensor]], count: int) -> None:
     for _ in range(count):
-        step(run, micro)
-
-
-def _through(run: Run, batches: list[list[dict[str, Tensor]]]) -> None:
-    for micro in batches:
         step(run, micro)
 
 

@@ -114,8 +114,8 @@ class TrainSettings(HyperParams):
     precision: Literal["auto", "fp32", "bf16"] = dial(
         "auto",
         label="Number format",
-        suggested="bf16 on a GPU that has it, fp32 elsewhere.",
-        help="bf16 halves the memory for the frozen weights and activations; what learns is always kept in fp32.",
+        suggested="bf16 where the hardware computes it quickly, fp32 elsewhere.",
+        help="bf16 halves the memory for the frozen weights and activations and is quicker; what learns is always kept in fp32.",
     )
     gradient_checkpointing: bool = dial(
         False,

@@ -24,7 +24,7 @@ from engine.train.clock import Clock
 from engine.train.export import build_slots, export
 from engine.train.loop import train
 from engine.train.parts import DataPolicy, seeded
-from engine.train.run import Ending, Run, restore_structure, seed_everything
+from engine.train.run import Ending, Run, attach_parts, restore_structure, seed_everything
 from engine.train.trainables import collect, halve_frozen
 
 
@@ -81,17 +81,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     model = task.load_model(facts.model, facts.data, dtype=torch.float32, seed=settings.seed).to(device)
 
     composition, slots = build_slots(recipe, facts, task)
-    order = list(range(min(len(encoded.train), 8 * (settings.batch_size or 1))))
-    few = [
-        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
-        for indices in task.batches(encoded.train, order, settings.batch_size or 1, recipe)
-    ]
-    for policy in slots.policies:
-        policy.survey(encoded)
-    for part in slots.parametrizations:
-        part.calibrate(model, few)
-    for part in slots.parametrizations:
-        part.attach(model)
+    attach_parts(slots, task, model, encoded, tokenizer, recipe)
     snapshot, complaints = checkpoint.newest(folder)
     for complaint in complaints:
         log.emit("log", {"level": "warning", "message": complaint})

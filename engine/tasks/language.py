@@ -253,16 +253,16 @@ _DIRECT = re.compile(
 
 def direct_head(model: nn.Module) -> nn.Linear | None:
     """The output layer of a model whose logits are that layer's answer and nothing else: not scaled, not capped, not watched by anyone."""
-    found = _DIRECT.search(_forward_source(type(model)))
+    found = _DIRECT.search(_forward_source(type(model).forward))
     head = getattr(model, found[1]) if found else None
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     return head if plain and "forward" not in vars(model) and not model._forward_hooks else None
 
 
 @functools.cache
-def _forward_source(kind: type[nn.Module]) -> str:
+def _forward_source(forward: Callable[..., Any]) -> str:
     try:
-        return inspect.getsource(kind.forward)
+        return inspect.getsource(forward)
     except (OSError, TypeError):  # a class that was made at run time
         return ""
 

@@ -34,7 +34,7 @@ def certify(folder: Path) -> dict[str, Any]:
     except DamagedFile as error:
         damaged = sorted({*damaged, "reference.safetensors"})
         forms.append({"form": "reference", "loader": "", "ok": False, "sentence": str(error)})
-    tolerance = TOLERANCE[description["precision"]]
+    tolerance = TOLERANCE[description.get("written_in", description["precision"])]
     for form, layout in models.items() if reference else []:
         forms.append(_check_form(folder, description, form, layout, reference, tolerance))
     ok = (bool(forms) or not models) and not damaged and all(form["ok"] for form in forms)

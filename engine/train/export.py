@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from engine.io.tensors import load_tensors, save_tensors
 from engine.tasks import task as task_named
 from engine.tasks.base import Predictor, Task
 from engine.train.parts import PartContext, Payload
-from engine.train.run import Ending, Run, parts_by_slot
+from engine.train.run import Ending, Run, attach_parts, parts_by_slot
 from engine.train.trainables import collect
 
 ARTIFACT = "artifact"
@@ -39,6 +40,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 
 def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
     """Write the artifact of a finished run beside its place, rename it, certify it, and return its folder."""
+    in_full_precision(run)
     used_best = run.load_best()
     final = {key: value for key, value in run.best.items() if key != "step"} if run.best else run.scores
     folder = run.folder / ARTIFACT
@@ -79,6 +81,27 @@ def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
         step=run.clock.step,
     )
     return folder
+
+
+def in_full_precision(run: Run) -> None:
+    """Put what was learned on the base model as it lies on the disk, when a CPU trained in bf16: then nothing that is exported carries the rounding of
+    training, and the certificate is as strict as after a run in fp32. A GPU keeps its bf16 model, whose weights mostly lie on the disk like that."""
+    if not run.amp or run.device.type != "cpu":
+        return
+    learned = {name: parameter.detach().clone() for name, parameter in run.trainables.items()}
+    states = {name: copy.deepcopy(part.state_dict()) for name, part in run.slots.names.items()}
+    facts = run.facts
+    del run.model, run.slots, run.trainables, run.optimizer  # never two models at once
+    run.model = run.task.load_model(facts.model, facts.data, dtype=torch.float32, seed=run.settings.seed)
+    _, run.slots = build_slots(run.recipe, facts, run.task)
+    attach_parts(run.slots, run.task, run.model, run.encoded, run.tokenizer, run.recipe)
+    for name, part in run.slots.names.items():
+        if part in run.slots.parametrizations:
+            part.load_state_dict(states[name])
+    run.trainables = collect(run.model, run.slots.parametrizations, run.task.fresh(run.model))
+    run.trainables.load(learned)
+    run.amp = False
+    run.sync()
 
 
 def _suffixes(composition: Composition) -> list[str]:
@@ -152,6 +175,7 @@ def describe(
         "seconds": round(run.clock.seconds, 2),
         "tokens": run.clock.tokens,
         "precision": run.settings.precision,
+        "written_in": "bf16" if run.amp else "fp32",
         "seed": run.settings.seed,
     }
 

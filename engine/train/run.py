@@ -366,6 +366,22 @@ class Run:
         return True
 
 
+def attach_parts(slots: Slots, task: Task, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe) -> None:
+    """Let the data policies see the examples and the parametrizations the untouched model, then put their mechanics into it."""
+    size = recipe.settings.batch_size or 1
+    order = list(range(min(len(encoded.train), 8 * size)))
+    few = [
+        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        for indices in task.batches(encoded.train, order, size, recipe)
+    ]
+    for policy in slots.policies:
+        policy.survey(encoded)
+    for part in slots.parametrizations:
+        part.calibrate(model, few)
+    for part in slots.parametrizations:
+        part.attach(model)
+
+
 def restore_structure(slots: Slots, snapshot: Snapshot) -> None:
     """Give the attached parametrizations their state back, so that what learns has the names and shapes it had in the snapshot."""
     for name, part in slots.names.items():
