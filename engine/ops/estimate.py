@@ -157,7 +157,7 @@ def largest_batch(recipe: Recipe, composition: Composition, facts: Facts) -> Pla
     if written is not None:
         whole = longest + written.tokens
         return Places(total=(written.rows or rows) * whole, longest=whole)
-    if settings.packing and task.packs_examples:
+    if settings.packing and task.packs_examples and not task.fills_rows:
         mean = min(longest, facts.data.mean_chars / _CHARS_PER_TOKEN + 4)
         return Places(total=ceil(max(longest, min(rows * longest, 1.25 * rows * mean))), longest=longest)
     return Places(total=rows * longest, longest=longest)
