@@ -17,6 +17,7 @@ from engine.core.errors import EngineError
 from jobs.catalogue import engine
 from jobs.devices import gpu_index
 from jobs.models import Job
+from jobs.places import home
 from jobs.processes import is_alive, lock_holder, process_start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,7 @@ def _spawn(folder: Path, gpu: str | None) -> Child:
         "MKL_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
+        "BONSAI_HOME": str(home()),
         "CUDA_VISIBLE_DEVICES": gpu or "",
         "PYTHONPATH": str(ROOT),
     }

@@ -18,6 +18,7 @@ from engine.core.recipe import Recipe
 from engine.ops.check import Checked
 from engine.tasks import task as task_named
 from engine.tasks.base import Encoded, Task
+from engine.tasks.cache import encoded_data
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
@@ -74,7 +75,9 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     device = torch.device(facts.machine.device)
     task = task_named(recipe.task)
     tokenizer = task.load_tokenizer(facts.model)
-    encoded = task.encode(list(task.rows(facts.data)), tokenizer, recipe, facts.data)
+    encoded = encoded_data(
+        task, tokenizer, recipe, facts, lambda note: log.emit("log", {"level": "info", "message": note})
+    )
     for note in encoded.notes:
         log.emit("log", {"level": "warning", "message": note})
     seed_everything(settings.seed)

@@ -34,6 +34,7 @@ from engine.tasks.batching import (
     sliced,
     unpacked,
 )
+from engine.tasks.examples import lengths_of, take
 from engine.tasks.segments import attends_within
 
 GENERAL_TOKENS = 96
@@ -125,11 +126,12 @@ class LanguageTask(Task):
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
     ) -> dict[str, Any]:
         """Token-weighted mean loss; its standard error is that of a ratio of sums over examples."""
-        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+        lengths = lengths_of(examples)
+        by_length = sorted(range(len(examples)), key=lengths.__getitem__)
         sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
         with measuring(model):
-            for indices in _token_batches(examples, by_length):
-                batch = plain_batch([examples[index] for index in indices], tokenizer.pad_token_id)
+            for indices in _token_batches(lengths, by_length):
+                batch = plain_batch(take(examples, indices), tokenizer.pad_token_id)
                 logits, labels = self.forward_logits(model, moved(batch, device))
                 losses = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()  # [N]
                 rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]  # [N], row-major like the logits
@@ -267,11 +269,11 @@ def _forward_source(forward: Callable[..., Any]) -> str:
         return ""
 
 
-def _token_batches(examples: Sequence[Example], order: Sequence[int]) -> list[list[int]]:
+def _token_batches(lengths: Sequence[int], order: Sequence[int]) -> list[list[int]]:
     """Batches of bounded area from an order of growing lengths."""
     batches: list[list[int]] = []
     for index in order:
-        if batches and (len(batches[-1]) + 1) * len(examples[index]) <= _EVAL_TOKENS and len(batches[-1]) < 64:
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= _EVAL_TOKENS and len(batches[-1]) < 64:
             batches[-1].append(index)
         else:
             batches.append([index])

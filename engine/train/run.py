@@ -22,6 +22,7 @@ from engine.core.method import Composition
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.tasks.base import Encoded, Task
+from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
@@ -147,7 +148,7 @@ class Run:
     def _gathered(self, chosen: list[list[int]]) -> list[dict[str, Tensor]]:
         """What a data policy makes of the optimizer batch itself; empty when none does."""
         for policy in self.slots.policies:
-            made = policy.gather(self, [self.encoded.train[index] for indices in chosen for index in indices])
+            made = policy.gather(self, take(self.encoded.train, [index for indices in chosen for index in indices]))
             if made is not None:
                 return [self._placed(batch) for batch in made]
         return []
@@ -164,7 +165,7 @@ class Run:
         self._batches = self.task.batches(self.encoded.train, order, self.settings.batch_size or 1, self.recipe)
 
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:
-        return self._placed(self.task.collate([self.encoded.train[i] for i in indices], self.tokenizer, self.recipe))
+        return self._placed(self.task.collate(take(self.encoded.train, indices), self.tokenizer, self.recipe))
 
     def _placed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         for policy in self.slots.policies:
@@ -371,7 +372,7 @@ def attach_parts(slots: Slots, task: Task, model: nn.Module, encoded: Encoded, t
     size = recipe.settings.batch_size or 1
     order = list(range(min(len(encoded.train), 8 * size)))
     few = [
-        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        task.collate(take(encoded.train, indices), tokenizer, recipe)
         for indices in task.batches(encoded.train, order, size, recipe)
     ]
     for policy in slots.policies:
