@@ -121,8 +121,12 @@ def parts(host: str, port: int) -> list[Part]:
         "--no-access-log",
         "--timeout-graceful-shutdown",
         "3",
+        "--ws",
+        "jobs.wire:SharedFrames",
         "--ws-max-size",
         "65536",
+        "--ws-per-message-deflate",
+        "false",
     ]
     return [
         Part(

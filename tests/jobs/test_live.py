@@ -18,12 +18,12 @@ from django.contrib.sessions.models import Session
 from django.test import Client
 
 from engine.core.events import EventLog
-from jobs import consumers
+from jobs import outlet
 from jobs import pump as pump_module
 from jobs.ingest import Ingester
 from jobs.models import Event, Job
 from jobs.places import job_folder
-from jobs.pump import pump
+from jobs.pump import Viewer, pump
 from studio.asgi import application
 from tests.jobs.conftest import MakeJob
 from tests.jobs.logs import metric_row
@@ -220,33 +220,42 @@ async def test_an_unknown_address_is_refused_quietly() -> None:
 async def test_rights_are_asked_again_while_one_watches(
     make_job: MakeJob, cookie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consumers, "RECHECK_SECONDS", 0.2)
+    monkeypatch.setattr(pump_module, "RECHECK_SECONDS", 0.2)
     job = await sync_to_async(make_job)()
     tab = Watcher(job, cookie)
     assert await tab.enter()
     await tab.hear_until(1)
     await Session.objects.all().adelete()  # logged out elsewhere
     closing = await tab.socket.receive_output(timeout=3)
-    assert closing == {"type": "websocket.close", "code": consumers.NOT_ALLOWED}
+    assert closing == {"type": "websocket.close", "code": pump_module.NOT_ALLOWED}
 
 
 async def test_who_does_not_read_is_dropped_and_the_others_go_on(
-    make_job: MakeJob, write_log: Callable[..., EventLog]
+    make_job: MakeJob, write_log: Callable[..., EventLog], cookie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(outlet, "QUEUE_FRAMES", 2)
     job = await sync_to_async(make_job)()
-    slow, quick = await pump().join(job.pk), await pump().join(job.pk)
-    assert slow is not None and quick is not None
-    slow.frames = asyncio.Queue(1)
+    said: list[dict[str, Any]] = []
+    stuck = asyncio.Event()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "websocket.send":
+            await stuck.wait()  # a server waits like this while a client does not read
+        said.append(message)
+
+    slow = Viewer(job_id=job.pk, session_key=cookie, seq=1, outlet=outlet.TaskOutlet(send))
+    await pump().join(slow)
+    quick = Watcher(job, cookie)
+    assert await quick.enter()
     log = write_log(job)
-    heard = 0
-    for step in range(1, 4):
+    for step in range(1, 6):
         log.metric(metric_row(step))
         log.flush()
         await sync_to_async(take)(job)
-        heard = (await asyncio.wait_for(quick.frames.get(), 5)).last_seq  # type: ignore[union-attr]
-    assert heard == 4 and slow.dropped and not quick.dropped
-    pump().leave(job.pk, slow)
-    pump().leave(job.pk, quick)
+        await quick.hear_until(step + 1)
+    assert said == [{"type": "websocket.close", "code": pump_module.TOO_SLOW}]
+    assert slow not in pump().topics[job.pk].everyone()
+    await quick.socket.disconnect()
 
 
 async def test_a_deleted_job_closes_its_sockets(make_job: MakeJob, cookie: str) -> None:
@@ -255,4 +264,4 @@ async def test_a_deleted_job_closes_its_sockets(make_job: MakeJob, cookie: str) 
     assert await tab.enter()
     await tab.hear_until(1)
     await sync_to_async(job.delete)()
-    assert await tab.socket.receive_output(timeout=5) == {"type": "websocket.close", "code": consumers.GONE}
+    assert await tab.socket.receive_output(timeout=5) == {"type": "websocket.close", "code": pump_module.GONE}

@@ -162,7 +162,9 @@ def test_logits_come_at_supervised_places_in_the_order_of_the_labels(model: Any)
 
 
 def test_a_batch_without_labels_has_no_logits(model: Any) -> None:
-    batch = WRITE.collate([Example([1, 2, 3], [IGNORED] * 3, 0)], type("Pad", (), {"pad_token_id": 0, "eos_token_id": 2}), recipe())
+    batch = WRITE.collate(
+        [Example([1, 2, 3], [IGNORED] * 3, 0)], type("Pad", (), {"pad_token_id": 0, "eos_token_id": 2}), recipe()
+    )
     logits, labels = WRITE.forward_logits(model, batch)
     assert logits.shape == (0, model.config.vocab_size) and labels.shape == (0,)
     assert functional.cross_entropy(logits, labels, reduction="sum").item() == 0.0
