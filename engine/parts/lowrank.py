@@ -19,6 +19,8 @@ FROM_WEIGHTS = frozenset({"pissa", "olora"})  # they start from a part of W and 
 class LowRank(Parametrization):
     """Matrices A [r, in] and B [out, r] beside each target layer, and with DoRA a magnitude [out]."""
 
+    spares_frozen_blocks = True
+
     def __init__(
         self,
         ctx: PartContext,

@@ -149,6 +149,8 @@ def start_factors(
 class MaskedTuning(Parametrization):
     """Sparsity-safe low-rank learning on named layers; `dense` names layers that were not pruned and learn everywhere."""
 
+    spares_frozen_blocks = True
+
     def __init__(
         self, ctx: PartContext, layers: list[str], *, r: int, kind: Kind, scale: float,
         when: When = "always", start: Start = "first", noise: float = 0.0, dense: tuple[str, ...] = (),

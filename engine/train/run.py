@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from engine.core.method import Composition
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.tasks.base import Encoded, Task
+from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
+from engine.train.frozen import FrozenStates, remember
 from engine.train.parts import (
     DataPolicy,
     GradientRule,
@@ -41,6 +43,7 @@ from engine.train.parts import (
     Watcher,
     seeded,
 )
+from engine.train.saving import CheckpointWriter
 from engine.train.trainables import (
     Trainables,
     births,
@@ -111,6 +114,7 @@ class Run:
         )
         self.update_rule = slots.update_rule
         self.folder, self.log, self.control = folder, log, control
+        self.saving = CheckpointWriter(folder, log)
         self.settings = recipe.settings
         self.device = torch.device(facts.machine.device)
         self.amp = recipe.settings.precision == "bf16"
@@ -119,6 +123,7 @@ class Run:
         self.first_scores: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
         self.ending: Ending | None = None
+        self.frozen: FrozenStates | None = None
         self.pause_at: int | None = None  # a search trains in slices: measure and pause behind this step
         self.warmup_steps = slots.schedule.warmup_steps(clock)
         self._order: list[int] = []
@@ -126,6 +131,7 @@ class Run:
         self._tick = time.perf_counter()
         self._last_progress = 0.0
         self._window: tuple[float, int] = (0.0, 0)
+        self._memory: tuple[float, int] = (0.0, 0)  # when it was read, and the bytes
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of forward and loss: bf16 autocast, or nothing."""
@@ -147,7 +153,7 @@ class Run:
     def _gathered(self, chosen: list[list[int]]) -> list[dict[str, Tensor]]:
         """What a data policy makes of the optimizer batch itself; empty when none does."""
         for policy in self.slots.policies:
-            made = policy.gather(self, [self.encoded.train[index] for indices in chosen for index in indices])
+            made = policy.gather(self, take(self.encoded.train, [index for indices in chosen for index in indices]))
             if made is not None:
                 return [self._placed(batch) for batch in made]
         return []
@@ -164,7 +170,7 @@ class Run:
         self._batches = self.task.batches(self.encoded.train, order, self.settings.batch_size or 1, self.recipe)
 
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:
-        return self._placed(self.task.collate([self.encoded.train[i] for i in indices], self.tokenizer, self.recipe))
+        return self._placed(self.task.collate(take(self.encoded.train, indices), self.tokenizer, self.recipe))
 
     def _placed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         for policy in self.slots.policies:
@@ -175,6 +181,17 @@ class Run:
         """Let every part look at the run once before its first step."""
         for part in self.slots.names.values():
             part.begin(self)
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """The lower blocks in which nothing learns are left out for texts that are known, where that is allowed."""
+        self.frozen = remember(self)
+        try:
+            yield
+        finally:
+            if self.frozen is not None:
+                self.frozen.close()
+            self.frozen = None
 
     # ── after the step ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -277,7 +294,13 @@ class Run:
         return scores
 
     def memory(self) -> int:
-        """Bytes: peak of the GPU, or the resident set of this process."""
+        """Bytes: peak of the GPU, or the resident set of this process; looked up ten times a second, which costs more than all else in a row."""
+        now = time.perf_counter()
+        if now - self._memory[0] >= 0.1:
+            self._memory = (now, self._read_memory())
+        return self._memory[1]
+
+    def _read_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -336,24 +359,24 @@ class Run:
             self._start_epoch(order)
         checkpoint.restore_generators(snapshot.tensors, values["rng"], {"objective": self.rng}, self.device)
 
-    def save(self) -> Path:
-        """Write a checkpoint, the log first, and prune old ones (the last two and the best stay)."""
-        self.log.sync()
-        path = checkpoint.save(self.folder, self.snapshot())
-        checkpoint.prune(self.folder, self.best.get("step"))
-        self.log.emit(
-            "checkpoint",
-            {"path": f"{checkpoint.FOLDER}/{path.name}", "best": self.best.get("step") == self.clock.step},
-            step=self.clock.step,
-        )
+    def save(self) -> None:
+        """Hand a checkpoint of this step border to the writer; the training may go on at once, and it goes on the disk behind the log."""
+        self.saving.wait()
+        self.log.flush()
+        self.saving.put(self.snapshot(), self.best.get("step"))
         self._tick = time.perf_counter()
-        return path
+
+    def collect(self) -> None:
+        """Tell of a checkpoint that has come to the disk; what kept one from there is raised here."""
+        if self.saving.collect():
+            self._tick = time.perf_counter()
 
     def load_best(self) -> bool:
         """Put the best weights back before export; False when the current ones are the best or no better were kept.
 
         What learns may have grown or changed since, so structure and trainables become those of the checkpoint. The optimizer does not follow.
         """
+        self.saving.wait()
         step = self.best.get("step")
         path = self.folder / checkpoint.FOLDER / f"step-{step or 0:08d}"
         if step is None or step == self.clock.step or not path.exists():
@@ -371,7 +394,7 @@ def attach_parts(slots: Slots, task: Task, model: nn.Module, encoded: Encoded, t
     size = recipe.settings.batch_size or 1
     order = list(range(min(len(encoded.train), 8 * size)))
     few = [
-        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        task.collate(take(encoded.train, indices), tokenizer, recipe)
         for indices in task.batches(encoded.train, order, size, recipe)
     ]
     for policy in slots.policies:
