@@ -7,11 +7,15 @@ object is answered exactly like a missing one.
 from __future__ import annotations
 
 import uuid
+from importlib import import_module
 from typing import TypeVar
 
+from django.conf import settings
+from django.contrib.auth import get_user
 from django.contrib.auth.base_user import AbstractBaseUser
 from django.contrib.auth.models import AnonymousUser
 from django.db.models import Q, QuerySet
+from django.http import HttpRequest
 
 from jobs.models import ApiToken, Artifact, Dataset, Job, ModelEntry
 
@@ -40,6 +44,13 @@ def jobs_for(user: Person) -> QuerySet[Job]:
     if is_staff(user):
         return Job.objects.all()
     return Job.objects.filter(owner_id=user.pk) if user.is_authenticated else Job.objects.none()
+
+
+def may_watch(session_key: str, job_id: uuid.UUID) -> bool:
+    """Whether this session is open still and its person may see this job: asked anew each time, for sessions end and rights change."""
+    request = HttpRequest()
+    request.session = import_module(settings.SESSION_ENGINE).SessionStore(session_key or None)
+    return jobs_for(get_user(request)).filter(pk=job_id).exists()
 
 
 def artifacts_for(user: Person) -> QuerySet[Artifact]:

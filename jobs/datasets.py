@@ -21,7 +21,7 @@ from engine.io.datasets import SHAPES
 from jobs import inspection
 from jobs.limits import in_words, limit
 from jobs.models import TERMINAL, Dataset
-from jobs.places import home
+from jobs.places import home, made_of
 
 MAX_NAME = 120
 PREVIEW_ROWS = 20
@@ -136,6 +136,9 @@ def delete(dataset: Dataset) -> None:
     folder = folder_of(dataset.id)
     dataset.delete()
     shutil.rmtree(folder, ignore_errors=True)
+    if dataset.sha256 and not Dataset.objects.filter(sha256=dataset.sha256).exists():
+        for kept in made_of(dataset.sha256):
+            shutil.rmtree(kept, ignore_errors=True) if kept.is_dir() else kept.unlink(missing_ok=True)
 
 
 def usage(owner: User) -> dict[str, int]:

@@ -31,3 +31,8 @@ def engine_socket() -> Path:
 def catalogue_file() -> Path:
     """What the engine knows, as it told last."""
     return home() / "catalogue.json"
+
+
+def made_of(sha256: str) -> list[Path]:
+    """What the engine keeps of data with this checksum: encoded, and looked at."""
+    return list((home() / "cache").glob(f"*/{sha256[:24]}-*"))

@@ -43,10 +43,19 @@ def bare_loop(folder: str, batch: dict[str, Tensor]) -> Callable[[], None]:
     return one
 
 
-def trainer_steps(model: Any, batches: Sequence[Sequence[Pair]], pad: int) -> Callable[[], float]:
+def trainer_steps(
+    model: Any,
+    batches: Sequence[Sequence[Pair]],
+    pad: int,
+    *,
+    learning_rate: float = 1e-4,
+    schedule: str = "linear",
+    losses: list[float] | None = None,
+) -> Callable[[], float]:
     """A function that trains `model` once over the batches with transformers' Trainer and returns the seconds, its start-up left out.
 
-    `batches` holds (input ids, labels) of each example; rows of a batch are padded to its longest, as the Trainer's collators do.
+    `batches` holds (input ids, labels) of each example; rows of a batch are padded to its longest, as the Trainer's collators do. `losses` receives
+    the loss of every step; reading it slows the step a little.
     """
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -65,6 +74,12 @@ def trainer_steps(model: Any, batches: Sequence[Sequence[Pair]], pad: int) -> Ca
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return SequentialSampler(rows)
 
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            if losses is not None:
+                losses.append(float(loss.detach()))
+            return loss
+
     class Stopwatch(TrainerCallback):
         start = end = 0.0
 
@@ -78,7 +93,8 @@ def trainer_steps(model: Any, batches: Sequence[Sequence[Pair]], pad: int) -> Ca
         watch = Stopwatch()
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(
-                output_dir=out, max_steps=len(batches), per_device_train_batch_size=len(batches[0]), learning_rate=1e-4, report_to=[],
+                output_dir=out, max_steps=len(batches), per_device_train_batch_size=len(batches[0]), learning_rate=learning_rate, lr_scheduler_type=schedule,
+                report_to=[],
                 save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False,
                 use_cpu=not torch.cuda.is_available(),
             )  # fmt: skip

@@ -37,6 +37,7 @@ Kind = Literal[
 LOG_NAME = "events.jsonl"
 _ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal"})
 _SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child"})
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,11 @@ class Event:
 
     def line(self) -> bytes:
         body = {"seq": self.seq, "time": self.time, "kind": self.kind, "step": self.step, "data": self.data}
-        return json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            text = _encode(body)
+        except ValueError:  # a number that is not finite; looking for one beforehand would cost as much as writing
+            text = _encode({**body, "data": finite(self.data)})
+        return text.encode() + b"\n"
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
@@ -125,7 +130,7 @@ class EventLog:
         self._file.close()
 
     def _append(self, kind: str, data: dict[str, Any], step: int) -> None:
-        event = Event(self.seq + 1, round(time.time(), 3), kind, step, finite(data))
+        event = Event(self.seq + 1, round(time.time(), 3), kind, step, data)
         self._file.write(event.line())
         self._file.flush()
         if kind in _SYNCED:

@@ -17,7 +17,7 @@ from engine.io.lines import Report, file_fault
 from engine.io.shapes import MAX_LABELS, SHAPES, guess_shape, row_in_roles, shape_of
 
 __all__ = [
-    "FORMATS", "MAX_FILE_BYTES", "SHAPES", "Finding", "Inspection", "dataset_faults", "guess_shape", "inspect", "read_rows", "shape_of",
+    "FORMATS", "MAX_FILE_BYTES", "SHAPES", "Finding", "Inspection", "dataset_faults", "file_sha256", "guess_shape", "inspect", "read_rows", "shape_of",
     "row_in_roles", "sniff_format",
 ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def inspect(
         )  # fmt: skip
     if faults and refuse:
         raise RecipeError(faults)
-    facts = DataFacts(source=f"file:{path}", path=str(path), format=kind, sha256=_sha256(path), **survey.facts())
+    facts = DataFacts(source=f"file:{path}", path=str(path), format=kind, sha256=file_sha256(path), **survey.facts())
     errors = [Finding(level="error", sentence=str(item), code=item.code, line=_line(item)) for item in faults]
     return Inspection(facts=facts, preview=survey.preview, findings=errors + survey.findings())
 
@@ -303,7 +303,8 @@ def _line(problem: Fault) -> int | None:
     return int(number) if word == "line" and number.isdigit() else None
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

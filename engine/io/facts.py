@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from engine.core.control import write_json
 from engine.core.errors import EngineError
 from engine.core.facts import DataFacts, MachineFacts, ModelFacts
 from engine.core.recipe import DataRef
-from engine.io.datasets import inspect
+from engine.io.datasets import file_sha256, inspect
 from engine.io.headers import TensorInfo, UnreadableHeader, read_header
 from engine.io.lines import file_fault
 from engine.io.sources import STARTERS, hub_header, is_complete, locate_model, model_fault, starter_models, weight_files
@@ -39,6 +44,7 @@ _TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 _MAX_CONFIG_BYTES = 5_000_000
+_MAX_KEPT_FACTS = 1000
 
 
 # ── models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,8 +89,18 @@ def _model_facts(source: str, path: str, task: str | None, stamp: tuple[Any, ...
         hidden_size=int(getattr(text, "hidden_size", 0) or 0), vocab_size=int(getattr(text, "vocab_size", 0) or 0),
         max_positions=max_positions(text, skeleton), dtype=max(sizes, key=lambda name: sizes[name], default="F32"),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), has_chat_template=_has_chat_template(folder),
-        tensors=tensors, linears=linears,
+        tensors=tensors, linears=linears, num_heads=int(getattr(text, "num_attention_heads", 0) or 0), dropout=_dropout(text),
     )  # fmt: skip
+
+
+def _dropout(config: Any) -> float:
+    """Families spell it hidden_dropout_prob, attention_dropout, resid_pdrop …; what a new head drops does not count."""
+    shares = (
+        value
+        for name, value in config.to_dict().items()
+        if ("drop" in name or "pdrop" in name) and "classifier" not in name and isinstance(value, float)
+    )
+    return max(shares, default=0.0)
 
 
 def _check_config(folder: Path) -> None:
@@ -178,9 +194,52 @@ def data_facts(ref: DataRef) -> DataFacts:
 def _data_facts(
     source: str, path: str, mapping: tuple[tuple[str, str], ...] | None, stamp: tuple[int, ...]
 ) -> DataFacts:
-    from dataclasses import replace
+    digest = file_sha256(Path(path))
+    kept = _kept_file(digest, Path(path), mapping)
+    found = _kept_facts(kept) if kept is not None else None
+    if found is None:
+        found = inspect(Path(path), mapping=dict(mapping) if mapping else None).facts
+        if kept is not None and found.sha256 == digest:
+            _keep(kept, found)
+    return replace(found, source=source, path=path)
 
-    return replace(inspect(Path(path), mapping=dict(mapping) if mapping else None).facts, source=source)
+
+def _kept_file(digest: str, path: Path, mapping: tuple[tuple[str, str], ...] | None) -> Path | None:
+    """Where the facts of this content are kept: its checksum, then a hash of whatever else decides them. None without BONSAI_HOME."""
+    home = os.environ.get("BONSAI_HOME")
+    if not home:
+        return None
+    key = hashlib.sha256(f"{path.suffix.lower()} {mapping} {_code_digest()}".encode())
+    return Path(home) / "cache" / "facts" / f"{digest[:24]}-{key.hexdigest()[:40]}.json"
+
+
+@functools.cache
+def _code_digest() -> str:
+    """A hash of the code that looks at files: facts that another version found are looked for again."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _kept_facts(path: Path) -> DataFacts | None:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(body[name]) for name in ("columns", "labels", "label_counts")}
+        found = DataFacts(**{**body, **lists})
+        os.utime(path)  # used now
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
+
+
+def _keep(path: Path, facts: DataFacts) -> None:
+    with contextlib.suppress(OSError):  # a full disk stops nobody: the file is looked at again next time
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, asdict(facts))
+        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in kept[:-_MAX_KEPT_FACTS]:
+            old.unlink(missing_ok=True)
 
 
 def _starter_data(name: str) -> tuple[Path, dict[str, str]]:

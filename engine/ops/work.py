@@ -27,6 +27,8 @@ from engine.io.tensors import save_tensors
 from engine.ops.check import Checked
 from engine.tasks import task as task_named
 from engine.tasks.base import Encoded, Row, Task
+from engine.tasks.cache import encoded_data
+from engine.tasks.examples import take
 from engine.train.export import ARTIFACT, NUM_REFERENCE, certify_in_clean_process
 from engine.train.parts import seeded
 from engine.train.run import Ending, seed_everything
@@ -43,8 +45,8 @@ class Interrupted(Exception):
 class Inputs:
     """The models and the data of a recipe, loaded when they are first asked for."""
 
-    def __init__(self, recipe: Recipe, facts: Facts) -> None:
-        self.recipe, self.facts = recipe, facts
+    def __init__(self, recipe: Recipe, facts: Facts, say: Callable[[str], None] = lambda note: None) -> None:
+        self.recipe, self.facts, self.say = recipe, facts, say
         self.task: Task = task_named(recipe.task)
         self.device = torch.device(facts.machine.device)
 
@@ -73,12 +75,14 @@ class Inputs:
     @cached_property
     def rows(self) -> Sequence[Row]:
         """All rows of the data, role → value."""
+        if "encoded" in self.__dict__:
+            return self.encoded.rows
         return list(self.task.rows(self.facts.data)) if self.recipe.data is not None else []
 
     @cached_property
     def encoded(self) -> Encoded:
         """Training and held-out examples, split and cut as a training run would."""
-        return self.task.encode(self.rows, self.tokenizer, self.recipe, self.facts.data)
+        return encoded_data(self.task, self.tokenizer, self.recipe, self.facts, self.say)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """The task's scores of a model on the held-out examples."""
@@ -87,7 +91,7 @@ class Inputs:
     def calibration(self, num: int, length: int | None = None) -> list[dict[str, Tensor]]:
         """Micro-batches of at most `num` training examples, never of held-out ones, on the device; cut to `length` tokens."""
         order = torch.randperm(len(self.encoded.train), generator=seeded(self.recipe.settings.seed, "calibration"))
-        chosen = [self.encoded.train[index] for index in order[:num].tolist()]
+        chosen = take(self.encoded.train, order[:num].tolist())
         settings = self.recipe.settings.model_copy(update={"packing": False})
         plain = self.recipe.model_copy(update={"settings": settings})
         batches = []
@@ -110,7 +114,7 @@ class WorkContext:
         self.seed = recipe.settings.seed
         self.report: dict[str, Any] = {}
         self.notes: list[str] = []
-        self.inputs = Inputs(recipe, facts)
+        self.inputs = Inputs(recipe, facts, self._tell)
         self.task = self.inputs.task
         self.place = ""  # of the item that is worked on
         self._log, self._control = log, control
@@ -135,6 +139,9 @@ class WorkContext:
     def note(self, sentence: str, level: str = "info") -> None:
         """Say something to the person who watches."""
         self.notes.append(sentence)
+        self._tell(sentence, level)
+
+    def _tell(self, sentence: str, level: str = "info") -> None:
         if self._log is not None:
             self._log.emit("log", {"level": level, "message": sentence})
 

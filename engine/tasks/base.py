@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ Row = Mapping[str, Any]  # role -> value, e.g. {"text": …, "label": …} or {"
 class Example:
     """One encoded example: token ids, labels (-100 = not supervised; or one class id), and its length in tokens."""
 
+    measured: ClassVar[tuple[str, ...]] = ("input_ids",)  # whose longest is the length
     input_ids: list[int]
     labels: list[int]
     source: int  # row number in the data
@@ -27,14 +28,18 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def token_rows(self) -> tuple[list[int], ...]:
+        """Every row of tokens that the model reads for it."""
+        return (self.input_ids,)
+
 
 @dataclass(kw_only=True)
 class Encoded:
     """Encoded train and held-out examples, with what was noticed on the way (truncated, dropped, …) as sentences."""
 
-    train: list[Example]
-    holdout: list[Example]
-    holdout_rows: list[Row]
+    train: Sequence[Example]
+    holdout: Sequence[Example]
+    holdout_rows: Sequence[Row]
     rows: Sequence[Row] = ()  # every row of the data; `Example.source` counts in them
     notes: list[str] = field(default_factory=list)
     num_train_tokens: int = 0
@@ -58,6 +63,16 @@ class Task:
     data_shapes: tuple[str, ...]  # shapes it can learn from
     roles: tuple[str, ...]  # columns it needs
     model_kinds: tuple[str, ...]
+    example_type: type[Example] = Example  # what `encode` makes
+    encoding_settings: tuple[str, ...] = (
+        "max_length",
+        "packing",
+        "holdout",
+        "seed",
+    )  # all that `encode` reads of the recipe
+    rows_per_example = 1  # that the model reads
+    packs_examples = False  # whether several examples may share a row
+    fills_rows = False  # whether packing cuts one long stream, so that every row is as long as the longest may be
 
     def rows(self, data: DataFacts) -> Iterator[Row]:
         """Stream the usable rows of the data as role -> value."""
@@ -106,6 +121,10 @@ class Task:
     ) -> dict[str, Any]:
         """eval_loss, eval_loss_se, and the task's own metrics (eval_accuracy, eval_macro_f1, eval_perplexity …), in eval mode, no grad."""
         raise NotImplementedError
+
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        """The examples that `evaluate` lets the model read, each as it stands."""
+        return encoded.holdout
 
     def baseline(
         self,

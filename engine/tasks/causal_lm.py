@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from engine.core.facts import DataFacts
 from engine.core.recipe import Recipe
-from engine.tasks.base import Encoded, Example, Row
+from engine.tasks.base import Encoded, Row
 from engine.tasks.batching import split_rows
+from engine.tasks.examples import Examples, Picked, Ragged, starts_of
 from engine.tasks.language import LanguageTask, Writer
+from engine.tasks.tokens import Tokens
 
 _PROMPT_CHARS = 160
 
@@ -24,6 +27,8 @@ class CausalLM(LanguageTask):
     sentence = "A language model that continues a text in the style and with the words of your texts."
     data_shapes = ("text",)
     roles = ("text",)
+    packs_examples = True
+    fills_rows = True
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, data: DataFacts) -> Encoded:
         settings = recipe.settings
@@ -33,12 +38,17 @@ class CausalLM(LanguageTask):
         keys = [number // stretch for number in range(len(rows))] if running else [row["text"] for row in rows]
         train, held = split_rows(keys, [0] * len(rows), settings.holdout, settings.seed)
         notes: list[str] = []
-        sides: list[list[Example]] = []
+        tokens = Tokens(tokenizer)
+        sides: list[Examples] = []
         for side in (train, held):
             documents = _documents(rows, side) if running else [(number, rows[number]["text"]) for number in side]
-            sides.append(_examples(documents, tokenizer, length, settings.packing, notes))
-        return Encoded(train=sides[0], holdout=sides[1], holdout_rows=[rows[number] for number in held], rows=rows, notes=notes,
-                       num_train_tokens=sum(map(len, sides[0])))  # fmt: skip
+            sides.append(_examples(documents, tokens, length, settings.packing, notes))
+        return Encoded(train=sides[0], holdout=sides[1], holdout_rows=Picked(rows, held), rows=rows, notes=notes,
+                       num_train_tokens=sides[0].num_tokens())  # fmt: skip
+
+    def end_mark(self, tokenizer: Any) -> int | None:
+        end: int | None = tokenizer.eos_token_id
+        return end
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
         writer = Writer(model, tokenizer)
@@ -65,24 +75,37 @@ def _documents(rows: Sequence[Row], side: Sequence[int]) -> list[tuple[int, str]
 
 
 def _examples(
-    documents: Sequence[tuple[int, str]], tokenizer: Any, length: int, packing: bool, notes: list[str]
-) -> list[Example]:
-    end = tokenizer.eos_token_id
-    encoded = tokenizer([text for _, text in documents], return_attention_mask=False)["input_ids"] if documents else []
-    if end is not None:
-        encoded = [ids if ids and ids[-1] == end else [*ids, end] for ids in encoded]
+    documents: Sequence[tuple[int, str]], tokens: Tokens, length: int, packing: bool, notes: list[str]
+) -> Examples:
+    ids = _ended(tokens.rows([text for _, text in documents]), tokens.tokenizer.eos_token_id)
+    sources = np.array([number for number, _ in documents], np.int64)
     if packing:
-        stream = [token for ids in encoded for token in ids]
-        sources = [number for (number, _), ids in zip(documents, encoded, strict=True) for _ in ids]
-        pieces = [(stream[at : at + length], sources[at]) for at in range(0, len(stream), length)]
+        total = len(ids.flat)
+        starts = np.append(np.arange(0, total, length), total)
+        documents_at = np.searchsorted(ids.starts, starts[:-1], side="right") - 1  # whose token begins each piece
+        ids, sources = Ragged(ids.flat, starts), sources[documents_at]
     else:
-        pieces = [(ids[:length], number) for (number, _), ids in zip(documents, encoded, strict=True)]
-        cut = sum(len(ids) > length for ids in encoded)
+        cut = int((ids.lengths > length).sum())
         if cut:
             notes.append(
-                f"{cut:,} of {len(encoded):,} texts are longer than {length} tokens and were cut; packing would keep all of them."
+                f"{cut:,} of {len(ids):,} texts are longer than {length} tokens and were cut; packing would keep all of them."
             )
-    return [Example(ids, list(ids), number) for ids, number in pieces if len(ids) > 1]
+        ids = ids.cut(length)
+    return Examples({"input_ids": ids, "labels": ids}, sources, places=np.flatnonzero(ids.lengths > 1))
+
+
+def _ended(ids: Ragged, end: int | None) -> Ragged:
+    """Every row with the end mark behind it, where it has none."""
+    if end is None:
+        return ids
+    filled = ids.lengths > 0
+    lasts = np.full(len(ids), -1, np.int64)
+    lasts[filled] = ids.flat[ids.starts[1:][filled] - 1]
+    open_rows = lasts != end
+    starts = starts_of(ids.lengths + open_rows, len(ids))
+    flat = np.full(int(starts[-1]), end, np.int32)
+    flat[np.repeat(starts[:-1] - ids.starts[:-1], ids.lengths) + np.arange(len(ids.flat))] = ids.flat
+    return Ragged(flat, starts)
 
 
 TASK = CausalLM()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from engine.tasks.batching import IGNORED
+from engine.tasks.examples import Ints
+from engine.tasks.tokens import Tokens, with_offsets
 
 Conversation = list[dict[str, str]]
+Span = tuple[int, int]  # of characters
+_AT_A_TIME = 512
 
 # For models that come without a chat format. The end mark follows each answer at once, so that a model learns where to stop; a tokenizer without
 # end mark gets a line break there. The answer begins behind "Assistant:" with a space, because most tokenizers keep a space with the next word.
@@ -40,16 +46,34 @@ def ensure_template(tokenizer: Any) -> Any:
 
 def render(messages: Conversation, tokenizer: Any, *, asking: bool = False) -> str:
     """The conversation as text; `asking` adds what stands before an answer. A template without system messages gets them within the first request."""
+    if not messages:
+        raise CannotRender("the model's chat format says nothing about an empty conversation")
     try:
-        return _apply(messages, tokenizer, asking)
+        return str(_apply(messages, tokenizer, asking))
     except jinja2.TemplateError as error:
         if len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
             try:
                 first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-                return _apply([first, *messages[2:]], tokenizer, asking)
+                return str(_apply([first, *messages[2:]], tokenizer, asking))
             except jinja2.TemplateError:
                 pass
         raise CannotRender(f"the model's chat format says '{str(error)[:120].rstrip('.')}'") from error
+
+
+def render_all(
+    conversations: Sequence[Conversation], tokenizer: Any, *, asking: bool = False
+) -> list[str | CannotRender]:
+    """`render` of many: one call of the tokenizer, and one for each conversation only where a template refuses one of them."""
+    if all(conversations) and conversations:
+        with contextlib.suppress(jinja2.TemplateError):
+            return [str(text) for text in _apply(conversations, tokenizer, asking)]
+    found: list[str | CannotRender] = []
+    for messages in conversations:
+        try:
+            found.append(render(messages, tokenizer, asking=asking))
+        except CannotRender as error:
+            found.append(error)
+    return found
 
 
 def encode_conversation(messages: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -58,44 +82,93 @@ def encode_conversation(messages: Conversation, tokenizer: Any) -> tuple[list[in
     The tokens before an answer are those that the model sees when it is asked, also where tokenizing the whole text at once would join
     characters across that border.
     """
-    text = render(messages, tokenizer)
-    spans = _answer_spans(messages, text, tokenizer)
-    if not spans:
-        raise CannotRender("the model's chat format changes the answers so that they cannot be found again")
-    whole = _whole(text, spans, tokenizer) if tokenizer.is_fast else None
-    if whole is not None:
-        return whole
+    found = encode_conversations([messages], tokenizer)[0]
+    if isinstance(found, CannotRender):
+        raise found
+    return found[0].tolist(), found[1].tolist()
+
+
+def encode_conversations(
+    conversations: Sequence[Conversation], tokenizer: Any
+) -> list[tuple[Ints, Ints] | CannotRender]:
+    """`encode_conversation` of many, a few hundred in memory at a time; what cannot be rendered stands in its place as an error."""
+    tokens = Tokens(tokenizer)
+    return [
+        found
+        for at in range(0, len(conversations), _AT_A_TIME)
+        for found in _encoded_together(conversations[at : at + _AT_A_TIME], tokens)
+    ]
+
+
+def _encoded_together(
+    conversations: Sequence[Conversation], tokens: Tokens
+) -> Iterator[tuple[Ints, Ints] | CannotRender]:
+    tokenizer = tokens.tokenizer
+    texts = render_all(conversations, tokenizer)
+    found = _answer_spans(conversations, texts, tokenizer)
+    pairs = [(text, spans) for text, spans in zip(texts, found, strict=True) if isinstance(text, str) and spans]
+    wholes = iter(_wholes(pairs, tokens) if tokenizer.is_fast else [None] * len(pairs))
+    for text, spans in zip(texts, found, strict=True):
+        if isinstance(text, CannotRender):
+            yield text
+        elif not spans:
+            yield CannotRender("the model's chat format changes the answers so that they cannot be found again")
+        else:
+            yield next(wholes) or _in_pieces(text, spans, tokenizer)
+
+
+def _in_pieces(text: str, spans: Sequence[Span], tokenizer: Any) -> tuple[Ints, Ints]:
     ids: list[int] = []
     labels: list[int] = []
     for piece, spoken in _pieces(text, spans):
         tokens = list(tokenizer(piece, add_special_tokens=False)["input_ids"])
         ids += tokens
         labels += tokens if spoken else [IGNORED] * len(tokens)
-    return ids, labels
+    return np.array(ids, np.int32), np.array(labels, np.int32)
 
 
-def _apply(messages: Conversation, tokenizer: Any, asking: bool) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking, **_FIXED))
+def _apply(messages: Conversation | Sequence[Conversation], tokenizer: Any, asking: bool) -> Any:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking, **_FIXED)
 
 
-def _answer_spans(messages: Conversation, text: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the assistant speaks, in characters: from behind the generation prompt to the end mark."""
-    spans: list[tuple[int, int]] = []
-    speaking = [place for place, turn in enumerate(messages) if turn["role"] == "assistant" and turn["content"].strip()]
-    for place in speaking:
-        span = _span(messages, place, text, tokenizer)
-        if span is not None and (not spans or span[0] >= spans[-1][1]):
-            spans.append(span)
+def _answer_spans(
+    conversations: Sequence[Conversation], texts: Sequence[str | CannotRender], tokenizer: Any
+) -> list[list[Span]]:
+    """Where the assistant speaks in each text, in characters: from behind the generation prompt to the end mark."""
+    speaking = [
+        [place for place, turn in enumerate(messages) if turn["role"] == "assistant" and turn["content"].strip()]
+        if isinstance(text, str)
+        else []
+        for messages, text in zip(conversations, texts, strict=True)
+    ]
+    asked = [(number, place) for number, places in enumerate(speaking) for place in places]
+    before = render_all([conversations[number][:place] for number, place in asked], tokenizer, asking=True)
+    ended = [place + 1 == len(conversations[number]) for number, place in asked]  # then the text itself ends there
+    cut = [conversations[number][: place + 1] for (number, place), whole in zip(asked, ended, strict=True) if not whole]
+    rest = iter(render_all(cut, tokenizer))
+    spans: list[list[Span]] = [[] for _ in conversations]
+    for (number, place), start, whole in zip(asked, before, ended, strict=True):
+        text = texts[number]
+        after = text if whole else next(rest)
+        assert isinstance(text, str)
+        span = _span(conversations[number], place, text, start, after)
+        if span is not None and (not spans[number] or span[0] >= spans[number][-1][1]):
+            spans[number].append(span)
     return spans
 
 
-def _span(messages: Conversation, place: int, text: str, tokenizer: Any) -> tuple[int, int] | None:
+def _span(
+    messages: Conversation, place: int, text: str, before: str | CannotRender, after: str | CannotRender
+) -> Span | None:
     content = messages[place]["content"].strip()
-    try:
-        before, after = render(messages[:place], tokenizer, asking=True), render(messages[: place + 1], tokenizer)
-    except CannotRender:  # a template may refuse a conversation that begins with an answer
-        before = after = ""
-    if before and text.startswith(before) and text.startswith(after) and content in after[len(before) :]:
+    if (
+        isinstance(before, str)  # a template may refuse a conversation that begins with an answer
+        and isinstance(after, str)
+        and before
+        and text.startswith(before)
+        and text.startswith(after)
+        and content in after[len(before) :]
+    ):
         said = after[len(before) :]
         end = said.rstrip()
         # Without an end mark, the white space behind the answer is the only sign that it is over.
@@ -106,7 +179,7 @@ def _span(messages: Conversation, place: int, text: str, tokenizer: Any) -> tupl
     return (start, len(text.rstrip())) if start >= 0 else None
 
 
-def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:
     pieces: list[tuple[str, bool]] = []
     done = 0
     for start, end in spans:
@@ -115,17 +188,23 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool
     return [piece for piece in [*pieces, (text[done:], False)] if piece[0]]
 
 
-def _whole(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """The text tokenized at once; None when a token crosses a border, or the tokens before an answer are not those of the prompt alone."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    labels = [IGNORED] * len(ids)
-    for start, end in spans:
-        inside = [at for at, (left, right) in enumerate(offsets) if right > start and left < end and right > left]
-        if not inside or offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end:
-            return None
-        first, last = inside[0], inside[-1]
-        if ids[:first] != list(tokenizer(text[:start], add_special_tokens=False)["input_ids"]):
-            return None
-        labels[first : last + 1] = ids[first : last + 1]
-    return ids, labels
+def _wholes(pairs: Sequence[tuple[str, Sequence[Span]]], tokens: Tokens) -> list[tuple[Ints, Ints] | None]:
+    """Each text tokenized at once; None where a token crosses a border, or the tokens before an answer are not those of the prompt alone."""
+    texts = [text for text, _ in pairs]
+    prompts = list(dict.fromkeys(text[:start] for text, spans in pairs for start, _ in spans))
+    alone = tokens.rows(prompts, special=False)
+    place = {prompt: number for number, prompt in enumerate(prompts)}
+    found = []
+    for (text, spans), (ids, offsets) in zip(pairs, with_offsets(texts, tokens.tokenizer), strict=True):
+        labels = np.full(len(ids), IGNORED, np.int32)
+        lefts, rights = offsets[:, 0], offsets[:, 1]
+        good = True
+        for start, end in spans:
+            inside = np.flatnonzero((rights > start) & (lefts < end) & (rights > lefts))
+            good = bool(len(inside)) and lefts[inside[0]] >= start and rights[inside[-1]] <= end
+            good = good and np.array_equal(ids[: inside[0]], alone[place[text[:start]]])
+            if not good:
+                break
+            labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
+        found.append((ids, labels) if good else None)
+    return found

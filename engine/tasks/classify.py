@@ -16,11 +16,13 @@ from engine.core.errors import bad_input
 from engine.core.facts import DataFacts, Facts, ModelFacts
 from engine.core.recipe import Recipe
 from engine.io.facts import AUTO_CLASSES
-from engine.io.models import base_of, load_config, load_model, load_tokenizer, model_folder
+from engine.io.models import base_of, load_config, load_model, load_tokenizer, model_folder, pad_token_id
 from engine.tasks.base import Encoded, Example, Predictor, Row, Task
-from engine.tasks.batching import bucketed, measuring, moved, padded, split_rows
+from engine.tasks.batching import bucketed, measuring, moved, padded_batch, split_rows
+from engine.tasks.examples import Examples, Ragged, encoded_of, lengths_of, rows_of, take
+from engine.tasks.tokens import Tokens
 
-_EVAL_BATCH = 32
+_EVAL_BATCH = {"cpu": 16, "cuda": 64}  # on a processor small batches waste less on padding and stay in its caches
 _MAX_EMBEDDED = 2000  # training texts that the baseline learns from
 _LONGEST = 512  # tokens that the predictor reads, where the model could read more
 
@@ -44,7 +46,7 @@ class Classify(Task):
         )
         config.problem_type = "single_label_classification"
         # Decoders find the last token of a text by the pad token, so model and tokenizer must mean the same one.
-        config.get_text_config().pad_token_id = load_tokenizer(folder).pad_token_id
+        config.get_text_config().pad_token_id = pad_token_id(folder)
         same = {int(place): label for place, label in known.items()} == names
         model, fresh = load_model(
             folder, AUTO_CLASSES[self.name], dtype=dtype, config=config, seed=seed, renew_heads=not same
@@ -77,9 +79,9 @@ class Classify(Task):
         place = {label: number for number, label in enumerate(data.labels)}
         kept = [number for number, row in enumerate(rows) if row["label"] in place]
         ids, num_cut = tokenized([rows[number]["text"] for number in kept], tokenizer, length)
-        examples = [
-            Example(tokens, [place[rows[number]["label"]]], number) for tokens, number in zip(ids, kept, strict=True)
-        ]
+        labels = np.array([place[rows[number]["label"]] for number in kept], np.int32)
+        columns = {"input_ids": ids, "labels": Ragged(labels, np.arange(len(kept) + 1))}
+        examples = Examples(columns, np.array(kept, np.int64))
         train, held = split_rows(
             [rows[number]["text"] for number in kept],
             [rows[number]["label"] for number in kept],
@@ -93,9 +95,7 @@ class Classify(Task):
         if unmeasured:
             names = ", ".join(f"'{label}'" for label in unmeasured[:5])
             notes.append(f"No text with the label {names} was kept back, so how well it is learned cannot be measured.")
-        chosen = [examples[index] for index in train]
-        return Encoded(train=chosen, holdout=[examples[index] for index in held], holdout_rows=[rows[kept[index]] for index in held], rows=rows, notes=notes,
-                       num_train_tokens=sum(map(len, chosen)))  # fmt: skip
+        return encoded_of(examples, train, held, rows, notes)
 
     def batches(
         self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Recipe
@@ -113,8 +113,7 @@ class Classify(Task):
         self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
     ) -> dict[str, Any]:
         logits = self._logits(model, encoded.holdout, tokenizer.pad_token_id, device)
-        truth = torch.tensor([example.labels[0] for example in encoded.holdout])
-        return _scores(functional.log_softmax(logits, dim=-1), truth)
+        return _scores(functional.log_softmax(logits, dim=-1), _classes(encoded.holdout))
 
     def baseline(
         self,
@@ -127,7 +126,7 @@ class Classify(Task):
     ) -> dict[str, Any]:
         """The better of two rivals that need no training of the model: the most frequent label, and a plain classifier on the untouched model."""
         classes = len(facts.data.labels)
-        truth = torch.tensor([example.labels[0] for example in encoded.holdout])
+        truth = _classes(encoded.holdout)
         frequent = _most_frequent(encoded.train, truth, facts.data.labels)
         plain = self._on_frozen_model(untouched(), encoded, tokenizer.pad_token_id, device, truth, classes)
         best, other = (plain, frequent) if plain["eval_accuracy"] >= frequent["eval_accuracy"] else (frequent, plain)
@@ -152,10 +151,8 @@ class Classify(Task):
         """Logits of all examples in their order, [N, classes], on the CPU in fp32."""
         found: list[Tensor] = [torch.empty(0)] * len(examples)
         with measuring(model):
-            for indices in _by_length(examples):
-                logits, _ = self.forward_logits(
-                    model, moved(_batch([examples[index] for index in indices], pad), device)
-                )
+            for indices in _by_length(examples, device):
+                logits, _ = self.forward_logits(model, moved(_batch(take(examples, indices), pad), device))
                 for index, row in zip(indices, logits.float().cpu(), strict=True):
                     found[index] = row
         return torch.stack(found)
@@ -167,7 +164,7 @@ class Classify(Task):
 
         step = max(1, -(-len(encoded.train) // _MAX_EMBEDDED))
         learned = encoded.train[::step]
-        labels = [example.labels[0] for example in learned]
+        labels = _classes(learned).tolist()
         known = sorted(set(labels))
         features = _embeddings(model, [*learned, *encoded.holdout], pad, device)
         chances = torch.full((len(truth), classes), 1e-6, dtype=torch.float64)
@@ -198,8 +195,7 @@ class Sorter(Predictor):
         """Options: top, how many labels to list (all)."""
         self.refuse(inputs)
         top = int(options.get("top", len(self.labels)))
-        ids, _ = tokenized(list(inputs), self.tokenizer, self.length)
-        examples = [Example(tokens, [0], number) for number, tokens in enumerate(ids)]
+        examples = self._examples(inputs)
         device = next(self.model.parameters()).device
         if not examples:
             return []
@@ -214,9 +210,12 @@ class Sorter(Predictor):
 
     def batch(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The texts as one batch on the model's device, in their order."""
+        return moved(_batch(self._examples(texts), self.tokenizer.pad_token_id), next(self.model.parameters()).device)
+
+    def _examples(self, texts: Sequence[str]) -> Examples:
         ids, _ = tokenized(texts, self.tokenizer, self.length)
-        examples = [Example(tokens, [0], number) for number, tokens in enumerate(ids)]
-        return moved(_batch(examples, self.tokenizer.pad_token_id), next(self.model.parameters()).device)
+        places = np.arange(len(ids) + 1)
+        return Examples({"input_ids": ids, "labels": Ragged(np.zeros(len(ids), np.int32), places)}, places[:-1])
 
     @staticmethod
     def logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -234,37 +233,33 @@ class Sorter(Predictor):
         return answers
 
 
-def tokenized(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], int]:
+def tokenized(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[Ragged, int]:
     """Token ids with the tokenizer's own special tokens, and how many texts had to be cut to `length`."""
-    if not texts:
-        return [], 0
-    ids: list[list[int]] = tokenizer(list(texts), return_attention_mask=False)["input_ids"]
-    long = [place for place, tokens in enumerate(ids) if len(tokens) > length]
-    if long:  # cut by the tokenizer, which keeps its end mark
-        short = tokenizer(
-            [texts[place] for place in long], truncation=True, max_length=length, return_attention_mask=False
-        )["input_ids"]
-        for place, tokens in zip(long, short, strict=True):
-            ids[place] = tokens
-    return [list(tokens) for tokens in ids], len(long)
+    ids = Tokens(tokenizer).rows(texts)
+    long = np.flatnonzero(ids.lengths > length)
+    if len(long):  # cut by the tokenizer, which keeps its end mark
+        given = [texts[place] for place in long.tolist()]
+        short = tokenizer(given, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
+        order = np.arange(len(ids))
+        order[long] = len(ids) + np.arange(len(long))
+        ids = Ragged.joined([ids, Ragged.of(short)]).take(order)
+    return ids, len(long)
 
 
 def _batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
-    ids = padded([example.input_ids for example in examples], pad)  # [B, T]
-    lengths = torch.tensor([len(example) for example in examples])
-    return {
-        "input_ids": ids,
-        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-        "labels": torch.tensor([example.labels[0] for example in examples]),  # [B]
-        "num_tokens": lengths.sum(),
-        "num_samples": torch.tensor(len(examples)),
-    }
+    return {**padded_batch(rows_of(examples, "input_ids"), pad, len(examples)), "labels": _classes(examples)}
 
 
-def _by_length(examples: Sequence[Example]) -> Iterator[list[int]]:
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
-    for start in range(0, len(order), _EVAL_BATCH):
-        yield order[start : start + _EVAL_BATCH]
+def _classes(examples: Sequence[Example]) -> Tensor:
+    """The class of every example, [B]."""
+    return torch.tensor([int(labels[0]) for labels in rows_of(examples, "labels")])
+
+
+def _by_length(examples: Sequence[Example], device: torch.device) -> Iterator[list[int]]:
+    lengths, size = lengths_of(examples), _EVAL_BATCH.get(device.type, 32)
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def _scores(log_chances: Tensor, truth: Tensor) -> dict[str, float]:
@@ -284,7 +279,7 @@ def _scores(log_chances: Tensor, truth: Tensor) -> dict[str, float]:
 
 def _most_frequent(train: Sequence[Example], truth: Tensor, labels: Sequence[str]) -> dict[str, Any]:
     """Always the most frequent label; its loss is that of stating every label's share (each counted once more)."""
-    counts = Counter(example.labels[0] for example in train)
+    counts = Counter(_classes(train).tolist())
     shares = torch.tensor([counts[place] + 1.0 for place in range(len(labels))], dtype=torch.float64)
     scores = _scores((shares / shares.sum()).log().expand(len(truth), -1), truth)
     name = labels[int(shares.argmax())]
@@ -300,8 +295,8 @@ def _embeddings(model: nn.Module, examples: Sequence[Example], pad: int, device:
     body = base_of(model)
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     with measuring(model):
-        for indices in _by_length(examples):
-            batch = moved(_batch([examples[index] for index in indices], pad), device)
+        for indices in _by_length(examples, device):
+            batch = moved(_batch(take(examples, indices), pad), device)
             hidden = body(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).last_hidden_state.float()  # [B, T, H]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from engine.core.errors import bad_input
@@ -13,9 +14,17 @@ from engine.core.facts import DataFacts, ModelFacts
 from engine.core.recipe import Recipe
 from engine.io.datasets import read_rows
 from engine.io.shapes import messages_of
-from engine.tasks.base import Encoded, Example, Predictor, Row
+from engine.tasks.base import Encoded, Predictor, Row
 from engine.tasks.batching import IGNORED, split_rows
-from engine.tasks.chat import CannotRender, Conversation, encode_conversation, ensure_template, render
+from engine.tasks.chat import (
+    CannotRender,
+    Conversation,
+    encode_conversation,
+    encode_conversations,
+    ensure_template,
+    render,
+)
+from engine.tasks.examples import Examples, Ints, Ragged, encoded_of
 from engine.tasks.language import LanguageTask, Writer
 
 
@@ -40,18 +49,16 @@ class Instruct(LanguageTask):
         settings = recipe.settings
         length = settings.max_length or 512
         trouble: Counter[str] = Counter()
-        found: list[Example] = []
+        found: list[tuple[int, Ints, Ints]] = []  # row, ids, labels
         num_cut = 0
-        for number, row in enumerate(rows):
-            try:
-                ids, labels = encode_conversation(row["messages"], tokenizer)
-            except CannotRender as error:
-                trouble[str(error)] += 1
+        for number, one in enumerate(encode_conversations([row["messages"] for row in rows], tokenizer)):
+            if isinstance(one, CannotRender):
+                trouble[str(one)] += 1
                 continue
+            ids, labels = one
             num_cut += len(ids) > length
-            example = Example(ids[:length], labels[:length], number)
-            if any(label != IGNORED for label in example.labels[1:]):
-                found.append(example)
+            if (labels[1:length] != IGNORED).any():
+                found.append((number, ids[:length], labels[:length]))
             else:
                 trouble[f"their answers begin behind the longest text of {length} tokens"] += 1
         notes = [
@@ -69,11 +76,9 @@ class Instruct(LanguageTask):
                 "Allow a longer longest text, or mend the data.",
                 "no_examples",
             )
-        keys = [str(rows[example.source]["messages"]) for example in found]
+        keys = [str(rows[number]["messages"]) for number, _, _ in found]
         train, held = split_rows(keys, [0] * len(found), settings.holdout, settings.seed)
-        holdout = [found[index] for index in held]
-        return Encoded(train=[found[index] for index in train], holdout=holdout, holdout_rows=[rows[item.source] for item in holdout], rows=rows, notes=notes,
-                       num_train_tokens=sum(len(found[index]) for index in train))  # fmt: skip
+        return encoded_of(supervised(found), train, held, rows, notes)
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
         answerer = Answerer(model, tokenizer)
@@ -126,6 +131,15 @@ class Answerer(Writer):
 
     def shown(self, prompt: list[int], tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def supervised(found: Sequence[tuple[int, Ints, Ints]]) -> Examples:
+    """Examples of (row, ids, labels)."""
+    columns = {
+        "input_ids": Ragged.of([ids for _, ids, _ in found]),
+        "labels": Ragged.of([labels for *_, labels in found]),
+    }
+    return Examples(columns, np.array([number for number, _, _ in found], np.int64))
 
 
 def as_messages(row: Row) -> Conversation:

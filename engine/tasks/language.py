@@ -29,11 +29,13 @@ from engine.tasks.batching import (
     is_packed,
     measuring,
     moved,
+    owners,
     packed_batch,
     plain_batch,
     sliced,
     unpacked,
 )
+from engine.tasks.examples import lengths_of, take
 from engine.tasks.segments import attends_within
 
 GENERAL_TOKENS = 96
@@ -44,7 +46,10 @@ class LanguageTask(Task):
     """A decoder that learns to continue. Labels are aligned with input_ids; the place t predicts the label at t + 1."""
 
     model_kinds = ("decoder",)
-    packs_examples = False  # whether several examples may share a row
+
+    def end_mark(self, tokenizer: Any) -> int | None:
+        """The token that ends a document, where one example may hold several documents; they do not see each other."""
+        return None
 
     def load_model(self, facts: ModelFacts, data: DataFacts, *, dtype: torch.dtype, seed: int) -> nn.Module:
         folder = model_folder(facts)
@@ -64,8 +69,9 @@ class LanguageTask(Task):
         return sliced(order, batch_size) if packed else bucketed(examples, order, batch_size)
 
     def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor]:
-        pack = self.packs_examples and recipe.settings.packing and len(examples) > 1
-        return (packed_batch if pack else plain_batch)(examples, tokenizer.pad_token_id)
+        if self.packs_examples and recipe.settings.packing:
+            return packed_batch(examples, tokenizer.pad_token_id, self.end_mark(tokenizer))
+        return plain_batch(examples, tokenizer.pad_token_id)
 
     def forward_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> States | None:
         """What the head would read at the supervised places, so that logits need never exist all at once; None where the model does more than that."""
@@ -121,19 +127,22 @@ class LanguageTask(Task):
         general = self.measure(model, general_examples(tokenizer), tokenizer, device)
         return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
 
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        return [*encoded.holdout, *general_examples(tokenizer)]
+
     def measure(
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
     ) -> dict[str, Any]:
         """Token-weighted mean loss; its standard error is that of a ratio of sums over examples."""
-        by_length = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+        lengths = lengths_of(examples)
+        by_length = sorted(range(len(examples)), key=lengths.__getitem__)
         sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
         with measuring(model):
-            for indices in _token_batches(examples, by_length):
-                batch = plain_batch([examples[index] for index in indices], tokenizer.pad_token_id)
+            for indices in _token_batches(lengths, by_length):
+                batch = packed_batch(take(examples, indices), tokenizer.pad_token_id, self.end_mark(tokenizer))
                 logits, labels = self.forward_logits(model, moved(batch, device))
                 losses = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()  # [N]
-                rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]  # [N], row-major like the logits
-                place = torch.tensor(indices)[rows]
+                place = torch.tensor(indices)[owners(batch, [lengths[index] for index in indices])]
                 sums.index_add_(0, place, losses)
                 counts.index_add_(0, place, torch.ones_like(losses))
         total, number = float(counts.sum()), len(examples)
@@ -259,6 +268,12 @@ def direct_head(model: nn.Module) -> nn.Linear | None:
     return head if plain and "forward" not in vars(model) and not model._forward_hooks else None
 
 
+def heads_directly(architecture: str) -> bool:
+    """The same of a class of transformers, by its name: whether the logits of its models need never exist all at once."""
+    kind = getattr(transformers, architecture, None)
+    return isinstance(kind, type) and _DIRECT.search(_forward_source(kind)) is not None
+
+
 @functools.cache
 def _forward_source(forward: Callable[..., Any]) -> str:
     try:
@@ -267,11 +282,11 @@ def _forward_source(forward: Callable[..., Any]) -> str:
         return ""
 
 
-def _token_batches(examples: Sequence[Example], order: Sequence[int]) -> list[list[int]]:
+def _token_batches(lengths: Sequence[int], order: Sequence[int]) -> list[list[int]]:
     """Batches of bounded area from an order of growing lengths."""
     batches: list[list[int]] = []
     for index in order:
-        if batches and (len(batches[-1]) + 1) * len(examples[index]) <= _EVAL_TOKENS and len(batches[-1]) < 64:
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= _EVAL_TOKENS and len(batches[-1]) < 64:
             batches[-1].append(index)
         else:
             batches.append([index])

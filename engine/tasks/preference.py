@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,23 +18,30 @@ from engine.core.facts import DataFacts, Facts, ModelFacts
 from engine.core.recipe import Recipe
 from engine.io.datasets import read_rows
 from engine.tasks.base import Encoded, Example, Predictor, Row
-from engine.tasks.batching import IGNORED, bucketed, measuring, moved, padded, split_rows
-from engine.tasks.chat import CannotRender, Conversation, encode_conversation, ensure_template, render
+from engine.tasks.batching import IGNORED, bucketed, measuring, moved, padded, padded_batch, split_rows
+from engine.tasks.chat import CannotRender, Conversation, encode_conversations, ensure_template, render
+from engine.tasks.examples import Examples, Ints, Ragged, encoded_of, rows_of, sources_of
 from engine.tasks.instruct import Answerer
 from engine.tasks.language import LanguageTask, general_examples
 
 _YES = {"yes", "true", "1"}
+Side = tuple[Ints, Ints]  # ids and labels of one answer behind its prompt
 
 
 @dataclass(slots=True)
 class Pair(Example):
     """The better answer stands in `input_ids` and `labels`, the worse one here, behind the same prompt."""
 
+    measured: ClassVar[tuple[str, ...]] = ("input_ids", "other_ids")
+
     other_ids: list[int]
     other_labels: list[int]
 
     def __len__(self) -> int:
         return max(len(self.input_ids), len(self.other_ids))
+
+    def token_rows(self) -> tuple[list[int], ...]:
+        return (self.input_ids, self.other_ids)
 
 
 class Preference(LanguageTask):
@@ -49,6 +57,8 @@ class Preference(LanguageTask):
     sentence = "An assistant that answers more like the better of two answers, and less like the worse."
     data_shapes = ("preferences",)
     roles = ("prompt", "chosen", "rejected")
+    example_type = Pair
+    rows_per_example = 2
 
     def rows(self, data: DataFacts) -> Iterator[Row]:
         yield from read_rows(data)
@@ -60,21 +70,20 @@ class Preference(LanguageTask):
         settings = recipe.settings
         length = settings.max_length or 512
         trouble: Counter[str] = Counter()
-        found: list[Pair] = []
-        for number, row in enumerate(rows):
-            try:
-                better, worse = (_encoded(row, side, tokenizer) for side in ("chosen", "rejected"))
-            except CannotRender as error:
-                trouble[str(error)] += 1
-                continue
-            if better == worse:
+        found: list[tuple[int, Side, Side]] = []
+        sides = encoded_sides(rows, tokenizer)
+        for number, (better, worse) in enumerate(zip(sides[::2], sides[1::2], strict=True)):
+            refused = next((side for side in (better, worse) if isinstance(side, CannotRender)), None)
+            if isinstance(better, CannotRender) or isinstance(worse, CannotRender):
+                trouble[str(refused)] += 1
+            elif all(np.array_equal(one, other) for one, other in zip(better, worse, strict=True)):
                 trouble["both answers are the same"] += 1
             elif max(len(better[0]), len(worse[0])) > length:
                 trouble[f"they are longer than {length} tokens, and a cut answer cannot be judged"] += 1
-            elif not all(any(label != IGNORED for label in labels) for _, labels in (better, worse)):
+            elif not all((labels != IGNORED).any() for _, labels in (better, worse)):
                 trouble["an answer has no tokens"] += 1
             else:
-                found.append(Pair(*better, number, *worse))
+                found.append((number, better, worse))
         notes = [f"{count:,} of {len(rows):,} pairs were left out: {reason}." for reason, count in trouble.items()]
         if len(found) < 2:
             raise bad_input(
@@ -84,14 +93,19 @@ class Preference(LanguageTask):
                 "Allow a longer longest text, or mend the data.",
                 "no_examples",
             )
-        keys = [str(rows[pair.source]["prompt"]) for pair in found]  # pairs about one request fall on the same side
+        keys = [str(rows[number]["prompt"]) for number, _, _ in found]  # pairs about one request fall on the same side
         train, held = split_rows(keys, [0] * len(found), settings.holdout, settings.seed)
         if not held or not train:
             raise bad_input("data", "These pairs are all about one request.", "Some requests must be kept back to measure on.",
                             "Add pairs about other requests.", "no_holdout")  # fmt: skip
-        return Encoded(train=[found[index] for index in train], holdout=[found[index] for index in held],
-                       holdout_rows=[rows[found[index].source] for index in held], rows=rows, notes=notes,
-                       num_train_tokens=sum(len(found[index].input_ids) + len(found[index].other_ids) for index in train))  # fmt: skip
+        columns = {
+            "input_ids": Ragged.of([better[0] for _, better, _ in found]),
+            "labels": Ragged.of([better[1] for _, better, _ in found]),
+            "other_ids": Ragged.of([worse[0] for *_, worse in found]),
+            "other_labels": Ragged.of([worse[1] for *_, worse in found]),
+        }
+        pairs = Examples(columns, np.array([number for number, _, _ in found], np.int64), Pair)
+        return encoded_of(pairs, train, held, rows, notes)
 
     def batches(
         self, examples: Sequence[Example], order: Sequence[int], batch_size: int, recipe: Recipe
@@ -173,18 +187,12 @@ class Preference(LanguageTask):
 
 def pair_batch(pairs: Sequence[Example], pad: int) -> dict[str, Tensor]:
     """B pairs as 2 B rows, the better answers first."""
-    assert all(isinstance(pair, Pair) for pair in pairs)
-    ids = [*(pair.input_ids for pair in pairs), *(pair.other_ids for pair in pairs)]  # type: ignore[attr-defined]
-    labels = [*(pair.labels for pair in pairs), *(pair.other_labels for pair in pairs)]  # type: ignore[attr-defined]
-    tokens = padded(ids, pad)  # [2B, T]
-    lengths = torch.tensor([len(row) for row in ids])
+    ids = [*rows_of(pairs, "input_ids"), *rows_of(pairs, "other_ids")]
+    labels = [*rows_of(pairs, "labels"), *rows_of(pairs, "other_labels")]
     return {
-        "input_ids": tokens,
-        "attention_mask": (torch.arange(tokens.shape[1]) < lengths[:, None]).long(),
+        **padded_batch(ids, pad, len(pairs)),
         "labels": padded(labels, IGNORED),
-        "source": torch.tensor([pair.source for pair in pairs]),
-        "num_tokens": lengths.sum(),
-        "num_samples": torch.tensor(len(pairs)),
+        "source": torch.tensor(sources_of(pairs)),
     }
 
 
@@ -193,13 +201,33 @@ def _asked(row: Row) -> Conversation:
     return list(prompt) if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
 
 
-def _encoded(row: Row, side: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of the prompt and one answer; only what differs between the two answers can count, so the prefix does not."""
-    answer, prefix, said = row[side], str(row.get("prefix") or ""), str(row.get("open") or "").lower()
-    unfinished = said in _YES or said == side
-    if not prefix and not unfinished:
-        return encode_conversation([*_asked(row), {"role": "assistant", "content": str(answer)}], tokenizer)
-    before = render(_asked(row), tokenizer, asking=True) + prefix
+def encoded_sides(rows: Sequence[Row], tokenizer: Any) -> list[Side | CannotRender]:
+    """(input_ids, labels) of the better and the worse answer of each row, one behind the other. Whole answers are written as conversations, all at once."""
+    asked = [(row, side) for row in rows for side in ("chosen", "rejected")]
+    whole = [not (row.get("prefix") or _is_open(row, side)) for row, side in asked]
+    talks = [
+        [*_asked(row), {"role": "assistant", "content": str(row[side])}]
+        for (row, side), one in zip(asked, whole, strict=True)
+        if one
+    ]
+    told = iter(encode_conversations(talks, tokenizer))
+    return [
+        next(told) if one else _fragment(row, side, tokenizer) for (row, side), one in zip(asked, whole, strict=True)
+    ]
+
+
+def _is_open(row: Row, side: str) -> bool:
+    said = str(row.get("open") or "").lower()
+    return said in _YES or said == side
+
+
+def _fragment(row: Row, side: str, tokenizer: Any) -> Side | CannotRender:
+    """An answer that goes on from a prefix or does not end; only what differs between the two answers can count, so the prefix does not."""
+    answer = row[side]
+    try:
+        before = render(_asked(row), tokenizer, asking=True) + str(row.get("prefix") or "")
+    except CannotRender as error:
+        return error
     head = list(tokenizer(before, add_special_tokens=False)["input_ids"])
     whole = list(tokenizer(before + str(answer), add_special_tokens=False)["input_ids"])
     # Where joining changes the tokens of the prompt, the answer is tokenized by itself: the model will see the prompt's own tokens.
@@ -208,9 +236,9 @@ def _encoded(row: Row, side: str, tokenizer: Any) -> tuple[list[int], list[int]]
         if whole[: len(head)] == head
         else list(tokenizer(str(answer), add_special_tokens=False)["input_ids"])
     )
-    if not unfinished and tokenizer.eos_token_id is not None:
+    if not _is_open(row, side) and tokenizer.eos_token_id is not None:
         tail = [*tail, tokenizer.eos_token_id]
-    return [*head, *tail], [*[IGNORED] * len(head), *tail]
+    return np.array([*head, *tail], np.int32), np.array([*[IGNORED] * len(head), *tail], np.int32)
 
 
 TASK = Preference()

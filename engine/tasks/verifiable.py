@@ -15,12 +15,14 @@ from engine.core.errors import bad_input
 from engine.core.facts import DataFacts, Facts, ModelFacts
 from engine.core.recipe import Recipe
 from engine.io.datasets import read_rows
-from engine.tasks.base import Encoded, Example, Predictor, Row
+from engine.tasks.base import Encoded, Predictor, Row
 from engine.tasks.batching import measuring, split_rows
-from engine.tasks.chat import CannotRender, Conversation, encode_conversation, ensure_template, render
+from engine.tasks.chat import CannotRender, Conversation, encode_conversations, ensure_template, render, render_all
 from engine.tasks.checkers import Reference, gives_away, is_right, reference_of
-from engine.tasks.instruct import Answerer
+from engine.tasks.examples import Ints, encoded_of
+from engine.tasks.instruct import Answerer, supervised
 from engine.tasks.language import LanguageTask
+from engine.tasks.tokens import Tokens
 
 MAX_MEASURED = 256  # problems that one evaluation solves
 MAX_WORDS = 12  # a longer reference text can hardly be met word for word
@@ -51,24 +53,27 @@ class Verifiable(LanguageTask):
         settings = recipe.settings
         length = settings.max_length or 512
         trouble: Counter[str] = Counter()
-        found: list[Example] = []
+        found: list[tuple[int, Ints, Ints]] = []  # row, ids, labels
         num_cut = 0
-        for number, row in enumerate(rows):
-            reference = self.reference(row)
-            if reference.kind == "text" and not 0 < len(str(reference).split()) <= MAX_WORDS:
-                trouble[f"their answers are longer than {MAX_WORDS} words and name no final answer"] += 1
+        checkable = [number for number, row in enumerate(rows) if _can_be_checked(self.reference(row))]
+        if len(checkable) < len(rows):
+            said = f"their answers are longer than {MAX_WORDS} words and name no final answer"
+            trouble[said] = len(rows) - len(checkable)
+        asked = render_all([_asked(rows[number]) for number in checkable], tokenizer, asking=True)
+        texts = [text if isinstance(text, str) else "" for text in asked]
+        prompts = Tokens(tokenizer).rows(texts, special=False).lengths.tolist()
+        told = encode_conversations([[*_asked(rows[n]), *_told(rows[n])] for n in checkable], tokenizer)
+        for number, prompt, taken, one in zip(checkable, asked, prompts, told, strict=True):
+            refused = next((each for each in (prompt, one) if isinstance(each, CannotRender)), None)
+            if refused is not None or isinstance(one, CannotRender):
+                trouble[str(refused)] += 1
                 continue
-            try:
-                prompt = self.prompt_ids(row, tokenizer)
-                ids, labels = encode_conversation([*_asked(row), *_told(row)], tokenizer)
-            except CannotRender as error:
-                trouble[str(error)] += 1
-                continue
+            ids, labels = one
             num_cut += len(ids) > length
-            if len(prompt) >= length:
+            if taken >= length:
                 trouble[f"their questions leave no room for an answer within {length} tokens"] += 1
                 continue
-            found.append(Example(ids[:length], labels[:length], number))
+            found.append((number, ids[:length], labels[:length]))
         notes = [f"{count:,} of {len(rows):,} problems were left out: {reason}." for reason, count in trouble.items()]
         if num_cut:
             notes.append(f"{num_cut:,} of {len(rows):,} solutions are longer than {length} tokens and were cut.")
@@ -80,15 +85,13 @@ class Verifiable(LanguageTask):
                 "Give each row a short answer: a number, a letter, a name, or a solution that ends in '#### 18'.",
                 "no_examples",
             )
-        keys = [str(rows[example.source]["question"]) for example in found]
+        keys = [str(rows[number]["question"]) for number, _, _ in found]
         train, held = split_rows(keys, [0] * len(found), settings.holdout, settings.seed)
         if len(held) > MAX_MEASURED:
             notes.append(
                 f"{len(held):,} problems are kept back; each measurement solves {MAX_MEASURED} of them, always the same."
             )
-        return Encoded(train=[found[index] for index in train], holdout=[found[index] for index in held],
-                       holdout_rows=[rows[found[index].source] for index in held], rows=rows, notes=notes,
-                       num_train_tokens=sum(len(found[index]) for index in train))  # fmt: skip
+        return encoded_of(supervised(found), train, held, rows, notes)
 
     # ── what reinforcement asks for ───────────────────────────────────────────────────────────────────────────────────
 
@@ -187,6 +190,10 @@ class Verifiable(LanguageTask):
 
     def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
         return Answerer(model, ensure_template(tokenizer))
+
+
+def _can_be_checked(reference: Reference) -> bool:
+    return reference.kind != "text" or 0 < len(str(reference).split()) <= MAX_WORDS
 
 
 def as_problem(row: Row) -> Row:

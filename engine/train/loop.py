@@ -18,7 +18,7 @@ def train(run: Run) -> Ending:
     When it returns, the last checkpoint is on the disk.
     """
     run.model.train()
-    with run.saving.finishing():
+    with run.saving.finishing(), run.remembering():
         ending = _train(run)
     run.model.eval()
     return ending

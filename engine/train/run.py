@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from engine.core.method import Composition
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.tasks.base import Encoded, Task
+from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
+from engine.train.frozen import FrozenStates, remember
 from engine.train.parts import (
     DataPolicy,
     GradientRule,
@@ -121,6 +123,7 @@ class Run:
         self.first_scores: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
         self.ending: Ending | None = None
+        self.frozen: FrozenStates | None = None
         self.pause_at: int | None = None  # a search trains in slices: measure and pause behind this step
         self.warmup_steps = slots.schedule.warmup_steps(clock)
         self._order: list[int] = []
@@ -150,7 +153,7 @@ class Run:
     def _gathered(self, chosen: list[list[int]]) -> list[dict[str, Tensor]]:
         """What a data policy makes of the optimizer batch itself; empty when none does."""
         for policy in self.slots.policies:
-            made = policy.gather(self, [self.encoded.train[index] for indices in chosen for index in indices])
+            made = policy.gather(self, take(self.encoded.train, [index for indices in chosen for index in indices]))
             if made is not None:
                 return [self._placed(batch) for batch in made]
         return []
@@ -167,7 +170,7 @@ class Run:
         self._batches = self.task.batches(self.encoded.train, order, self.settings.batch_size or 1, self.recipe)
 
     def _collate(self, indices: list[int]) -> dict[str, Tensor]:
-        return self._placed(self.task.collate([self.encoded.train[i] for i in indices], self.tokenizer, self.recipe))
+        return self._placed(self.task.collate(take(self.encoded.train, indices), self.tokenizer, self.recipe))
 
     def _placed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         for policy in self.slots.policies:
@@ -178,6 +181,17 @@ class Run:
         """Let every part look at the run once before its first step."""
         for part in self.slots.names.values():
             part.begin(self)
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """The lower blocks in which nothing learns are left out for texts that are known, where that is allowed."""
+        self.frozen = remember(self)
+        try:
+            yield
+        finally:
+            if self.frozen is not None:
+                self.frozen.close()
+            self.frozen = None
 
     # ── after the step ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -380,7 +394,7 @@ def attach_parts(slots: Slots, task: Task, model: nn.Module, encoded: Encoded, t
     size = recipe.settings.batch_size or 1
     order = list(range(min(len(encoded.train), 8 * size)))
     few = [
-        task.collate([encoded.train[i] for i in indices], tokenizer, recipe)
+        task.collate(take(encoded.train, indices), tokenizer, recipe)
         for indices in task.batches(encoded.train, order, size, recipe)
     ]
     for policy in slots.policies:

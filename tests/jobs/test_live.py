@@ -18,12 +18,12 @@ from django.contrib.sessions.models import Session
 from django.test import Client
 
 from engine.core.events import EventLog
-from jobs import consumers
+from jobs import outlet
 from jobs import pump as pump_module
 from jobs.ingest import Ingester
 from jobs.models import Event, Job
 from jobs.places import job_folder
-from jobs.pump import pump
+from jobs.pump import Viewer, pump
 from studio.asgi import application
 from tests.jobs.conftest import MakeJob
 from tests.jobs.logs import metric_row
@@ -102,6 +102,29 @@ async def test_who_comes_back_hears_what_came_after(
     await tab.socket.disconnect()
 
 
+async def test_a_backlog_comes_in_frames_of_bearable_size(
+    make_job: MakeJob, write_log: Callable[..., EventLog], cookie: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pump_module, "FRAME_CHARS", 150_000)
+    job = await sync_to_async(make_job)()
+    tab = Watcher(job, cookie)
+    assert await tab.enter()
+    await tab.hear_until(1)
+    write_log(job, 3000)
+    await sync_to_async(take)(job)
+    last = (await Job.objects.aget(pk=job.pk)).last_seq
+    events: list[dict[str, Any]] = []
+    num = 0
+    while not events or events[-1]["seq"] < last:
+        frame = await tab.hear()
+        assert len(json.dumps(frame, separators=(",", ":"))) < 250_000
+        events += frame["events"]
+        num += 1
+    assert num > 3 and [event["seq"] for event in events] == list(range(2, last + 1))
+    assert [row["step"] for event in events for row in event["data"]["rows"]] == list(range(1, 3001))
+    await tab.socket.disconnect()
+
+
 @pytest.mark.parametrize("case", ["pruned", "far behind", "from the future"])
 async def test_a_hole_is_never_silent(
     make_job: MakeJob, write_log: Callable[..., EventLog], cookie: str, case: str, monkeypatch: pytest.MonkeyPatch
@@ -150,7 +173,7 @@ async def test_at_most_ten_frames_a_second_and_no_number_is_missed(
     took = time.monotonic() - began
     await writer
     assert [event["seq"] for event in events] == list(range(2, 102))
-    assert frames <= 10 * took + 2
+    assert frames <= 10 * took + pump_module.BURST_FRAMES + 1
     for tab in tabs[1:]:
         assert [event["seq"] for event in await tab.hear_until(101)] == list(range(2, 102))
     assert len(pump().topics) == 1, "one pump for all of them"
@@ -197,33 +220,42 @@ async def test_an_unknown_address_is_refused_quietly() -> None:
 async def test_rights_are_asked_again_while_one_watches(
     make_job: MakeJob, cookie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consumers, "RECHECK_SECONDS", 0.2)
+    monkeypatch.setattr(pump_module, "RECHECK_SECONDS", 0.2)
     job = await sync_to_async(make_job)()
     tab = Watcher(job, cookie)
     assert await tab.enter()
     await tab.hear_until(1)
     await Session.objects.all().adelete()  # logged out elsewhere
     closing = await tab.socket.receive_output(timeout=3)
-    assert closing == {"type": "websocket.close", "code": consumers.NOT_ALLOWED}
+    assert closing == {"type": "websocket.close", "code": pump_module.NOT_ALLOWED}
 
 
 async def test_who_does_not_read_is_dropped_and_the_others_go_on(
-    make_job: MakeJob, write_log: Callable[..., EventLog]
+    make_job: MakeJob, write_log: Callable[..., EventLog], cookie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(outlet, "QUEUE_FRAMES", 2)
     job = await sync_to_async(make_job)()
-    slow, quick = await pump().join(job.pk), await pump().join(job.pk)
-    assert slow is not None and quick is not None
-    slow.frames = asyncio.Queue(1)
+    said: list[dict[str, Any]] = []
+    stuck = asyncio.Event()
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "websocket.send":
+            await stuck.wait()  # a server waits like this while a client does not read
+        said.append(message)
+
+    slow = Viewer(job_id=job.pk, session_key=cookie, seq=1, outlet=outlet.TaskOutlet(send))
+    await pump().join(slow)
+    quick = Watcher(job, cookie)
+    assert await quick.enter()
     log = write_log(job)
-    heard = 0
-    for step in range(1, 4):
+    for step in range(1, 6):
         log.metric(metric_row(step))
         log.flush()
         await sync_to_async(take)(job)
-        heard = (await asyncio.wait_for(quick.frames.get(), 5)).last_seq  # type: ignore[union-attr]
-    assert heard == 4 and slow.dropped and not quick.dropped
-    pump().leave(job.pk, slow)
-    pump().leave(job.pk, quick)
+        await quick.hear_until(step + 1)
+    assert said == [{"type": "websocket.close", "code": pump_module.TOO_SLOW}]
+    assert slow not in pump().topics[job.pk].everyone()
+    await quick.socket.disconnect()
 
 
 async def test_a_deleted_job_closes_its_sockets(make_job: MakeJob, cookie: str) -> None:
@@ -232,4 +264,4 @@ async def test_a_deleted_job_closes_its_sockets(make_job: MakeJob, cookie: str) 
     assert await tab.enter()
     await tab.hear_until(1)
     await sync_to_async(job.delete)()
-    assert await tab.socket.receive_output(timeout=5) == {"type": "websocket.close", "code": consumers.GONE}
+    assert await tab.socket.receive_output(timeout=5) == {"type": "websocket.close", "code": pump_module.GONE}

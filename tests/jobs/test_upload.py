@@ -239,8 +239,23 @@ def test_data_in_use_stays_and_data_at_rest_goes_with_its_file() -> None:
     assert kit.problem(owner.ask("DELETE", f"datasets/{row.pk}"), 409)["faults"][0]["code"] == "in_use"
     busy.status = Status.SUCCEEDED
     busy.save()
+    assert len(row.sha256) == 64
+    made = Path(settings.BONSAI_HOME) / "cache"
+    own, note, foreign = (
+        made / "tokens" / f"{row.sha256[:24]}-1",
+        made / "facts" / f"{row.sha256[:24]}-2.json",
+        made / "tokens" / f"{'0' * 24}-1",
+    )
+    for path in (own, foreign, note.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    note.write_text("{}")
+    twin = kit.table(owner.user)
+    Dataset.objects.filter(pk=twin.pk).update(sha256=row.sha256)
     assert owner.ask("DELETE", f"datasets/{row.pk}").status_code == 204
     assert not Path(row.path).parent.exists()
+    assert own.exists() and note.exists(), "another data set has the same content"
+    assert owner.ask("DELETE", f"datasets/{twin.pk}").status_code == 204
+    assert not own.exists() and not note.exists() and foreign.exists(), "nothing that was made of it stays"
     kit.problem(owner.get(f"datasets/{row.pk}"), 404)
 
 

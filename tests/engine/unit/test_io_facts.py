@@ -17,6 +17,7 @@ from torch import nn
 from engine.core.errors import EngineError
 from engine.core.facts import DataFacts
 from engine.core.recipe import DataRef
+from engine.io import facts as looking
 from engine.io import sources
 from engine.io.facts import data_facts, locate_model, machine_facts, model_facts, starter_models
 from engine.tasks import task
@@ -264,6 +265,35 @@ def test_data_are_the_ones_that_were_meant(tmp_path: Path) -> None:
         data_facts(DataRef(source=f"file:{path}"))
     with pytest.raises(EngineError, match="no starter data"):
         data_facts(DataRef(source="starter:none"))
+
+
+def test_what_a_look_told_is_kept_for_this_content_and_these_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(path: Path, **columns: str) -> DataFacts:
+        looking._data_facts.cache_clear()  # as in a fresh process
+        return data_facts(DataRef(source=f"file:{path}", columns=columns))
+
+    path, home = tmp_path / "rows.csv", tmp_path / "home"
+    path.write_text("text,label,kind\n" + "".join(f"Text {n},{'ab'[n % 2]},{'xy'[n % 2]}\n" for n in range(20)))
+    plain, other = asked(path), asked(path, text="text", label="kind")
+    monkeypatch.setenv("BONSAI_HOME", str(home))
+    assert asked(path) == plain and asked(path, text="text", label="kind") == other
+    looked: list[Path] = []
+    look = looking.inspect
+    monkeypatch.setattr(looking, "inspect", lambda path, **more: (looked.append(path), look(path, **more))[1])
+    twin = tmp_path / "twin.csv"
+    twin.write_bytes(path.read_bytes())
+    assert asked(path) == plain and asked(path, text="text", label="kind") == other and asked(twin).path == str(twin)
+    assert not looked
+    for kept in (home / "cache" / "facts").iterdir():
+        kept.write_text(kept.read_text()[:-9])
+    assert asked(path) == plain and looked == [path], "a damaged note is made again"
+    path.write_text(path.read_text() + "One more,a,x\n")
+    assert asked(path).num_rows == 21
+    as_text = tmp_path / "rows.txt"
+    as_text.write_bytes(twin.read_bytes())
+    assert asked(as_text).format == "txt", "the ending has a say in what a file is"
 
 
 def test_the_machine_is_described() -> None:

@@ -63,7 +63,7 @@ def test_a_batch_holds_better_and_worse_answers_of_the_same_prompts(tiny: Tiny, 
 
 
 def test_fragments_continue_a_prefix_and_do_not_end(tiny: Tiny) -> None:
-    from engine.tasks.preference import _encoded
+    from engine.tasks.preference import encoded_sides
 
     recipe = tiny.recipe([("full-finetuning", {})], task="preference")
     task_tokenizer = require(recipe).facts
@@ -72,11 +72,13 @@ def test_fragments_continue_a_prefix_and_do_not_end(tiny: Tiny) -> None:
 
     tokenizer = task("preference").load_tokenizer(task_tokenizer.model)
     row = {"prompt": "Is it red?", "prefix": "Yes, the ", "open": "chosen", "chosen": "boat", "rejected": "tree."}
-    ids, labels = _encoded(row, "chosen", tokenizer)
+    better, worse = encoded_sides([row], tokenizer)
+    assert not isinstance(better, Exception) and not isinstance(worse, Exception)
+    ids, labels = better[0].tolist(), better[1].tolist()
     spoken = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert tokenizer.decode(spoken).strip() == "boat" and tokenizer.eos_token_id not in spoken
     assert tokenizer.decode(ids).endswith("Yes, the boat")
-    assert _encoded(row, "rejected", tokenizer)[1][-1] == tokenizer.eos_token_id
+    assert worse[1][-1] == tokenizer.eos_token_id
 
 
 def test_sequence_scores_are_those_of_whole_logits(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ from transformers import AutoTokenizer
 from engine.core.errors import EngineError
 from engine.core.facts import DataFacts
 from engine.core.recipe import DataRef, ModelRef, Recipe, TrainSettings
-from engine.tasks import task
+from engine.tasks import chat, task
 from engine.tasks.batching import IGNORED
-from engine.tasks.chat import PLAIN_TEMPLATE, CannotRender, encode_conversation, ensure_template, render
+from engine.tasks.chat import (
+    PLAIN_TEMPLATE,
+    CannotRender,
+    encode_conversation,
+    encode_conversations,
+    ensure_template,
+    render,
+)
 from engine.tasks.instruct import Answerer, as_messages
 from tests.engine.unit.tiny_models import tiny_tokenizer
 
@@ -159,7 +167,7 @@ def test_answers_that_do_not_fit_are_left_out_and_said() -> None:
     long_question = {"messages": [{"role": "user", "content": "word " * 80}, {"role": "assistant", "content": "yes"}]}
     long_answer = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 80}]}
     encoded = task("instruct").encode([*short, long_question, long_answer], tokenizer, recipe(), FACTS)
-    everything = encoded.train + encoded.holdout
+    everything = [*encoded.train, *encoded.holdout]
     assert sorted(item.source for item in everything) == [*range(10), 11]
     assert max(map(len, everything)) == 64
     assert (
@@ -210,3 +218,102 @@ def test_the_answerer_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     for wrong in ("", [], 5, [{"role": "ghost", "content": "x"}]):
         with pytest.raises(EngineError):
             answerer.predict([wrong])
+
+
+# ── many at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_hand(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]] | str:
+    """One conversation at a time, by the definition: what stands before an answer is the prompt, what stands behind it is not learned."""
+    try:
+        text = render(messages, tokenizer)
+    except CannotRender as error:
+        return str(error)
+    spans: list[tuple[int, int]] = []
+    answers = [place for place, turn in enumerate(messages) if turn["role"] == "assistant"]
+    for place in answers:
+        content = messages[place]["content"].strip()
+        if not content:
+            continue
+        try:
+            before, after = render(messages[:place], tokenizer, asking=True), render(messages[: place + 1], tokenizer)
+        except CannotRender:
+            before = after = ""
+        if before and text.startswith(before) and text.startswith(after) and content in after[len(before) :]:
+            said = after[len(before) :]
+            stop = said.rstrip()
+            span = (len(before), len(before) + len(said if stop.endswith(content) else stop))
+        elif place == answers[-1] and content in text:
+            span = (text.rfind(content), len(text.rstrip()))
+        else:
+            continue
+        if not spans or span[0] >= spans[-1][1]:
+            spans.append(span)
+    if not spans:
+        return "the model's chat format changes the answers so that they cannot be found again"
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets, labels = whole["input_ids"], whole["offset_mapping"], [IGNORED] * len(whole["input_ids"])
+    clean = True
+    for start, end in spans:
+        inside = [at for at, (left, right) in enumerate(offsets) if right > start and left < end and right > left]
+        clean = clean and bool(inside) and offsets[inside[0]][0] >= start and offsets[inside[-1]][1] <= end
+        clean = clean and ids[: inside[0]] == tokenizer(text[:start], add_special_tokens=False)["input_ids"]
+        if clean:
+            labels[inside[0] : inside[-1] + 1] = ids[inside[0] : inside[-1] + 1]
+    if clean:
+        return ids, labels
+    ids, labels, done = [], [], 0
+    for start, end in [*spans, (len(text), len(text))]:
+        for piece, spoken in ((text[done:start], False), (text[start:end], True)):
+            tokens = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            ids, labels = [*ids, *tokens], [*labels, *(tokens if spoken else [IGNORED] * len(tokens))]
+        done = end
+    return ids, labels
+
+
+def talks() -> list[list[dict[str, str]]]:
+    """Conversations of every make: many turns, system words, answers first, empty and blank answers, marks inside, other scripts."""
+    generator = random.Random(7)
+    words = [
+        "river",
+        "e river",
+        " fox",
+        "</s>",
+        "<|im_end|>",
+        "Lily\n",
+        "狐",
+        "naïve",
+        "  ",
+        "Assistant:",
+        "th",
+        "3.5",
+        "…",
+    ]
+    found = []
+    for _ in range(150):
+        turns = [{"role": "system", "content": "Be brief."}] if generator.random() < 0.3 else []
+        start = generator.randrange(2)
+        for place in range(generator.randrange(1, 6)):
+            said = "".join(generator.choices(words, k=generator.randrange(5)))
+            turns.append({"role": ("user", "assistant")[(start + place) % 2], "content": said})
+        found.append(turns)
+    return found
+
+
+@pytest.mark.parametrize("template", [PLAIN_TEMPLATE, CHATML, NO_END, THINKING, NO_SYSTEM])
+def test_many_conversations_at_once_are_each_of_them_alone(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    monkeypatch.setattr(chat, "_AT_A_TIME", 40)
+    found = encode_conversations(talks(), tokenizer)
+    plain = [by_hand(messages, tokenizer) for messages in talks()]
+    assert [str(one) if isinstance(one, CannotRender) else (one[0].tolist(), one[1].tolist()) for one in found] == plain
+    assert sum(not isinstance(one, str) for one in plain) > 60
+
+
+def test_a_conversation_that_begins_with_an_answer_is_learned_or_left_out_but_stops_nothing() -> None:
+    tokenizer = ensure_template(tiny_tokenizer())
+    ids, labels = encode_conversation([{"role": "assistant", "content": "Hello there."}], tokenizer)
+    assert "Hello there." in spoken(ids, labels, tokenizer)[0]
+    with pytest.raises(CannotRender, match="empty conversation"):
+        render([], tokenizer)

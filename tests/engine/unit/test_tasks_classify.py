@@ -90,7 +90,7 @@ def test_long_texts_are_cut_with_their_end_mark_and_said(data: DataFacts) -> Non
     tokenizer = SORT.load_tokenizer(facts)
     rows = [{"text": "word " * n, "label": "money"} for n in (3, 50, 60)] * 3
     encoded = SORT.encode(rows, tokenizer, recipe(facts, data), data)
-    lengths = {len(example) for example in encoded.train + encoded.holdout}
+    lengths = {len(example) for example in [*encoded.train, *encoded.holdout]}
     assert lengths == {5, 24} and "6 of 9 texts are longer than 24 tokens" in encoded.notes[0]
     assert {example.input_ids[-1] for example in encoded.train} == {tokenizer.sep_token_id}
 
