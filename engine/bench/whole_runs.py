@@ -27,13 +27,17 @@ class Finished:
     adapter_bytes: int
 
 
-def shared_data() -> Path:
-    """The folder of public data sets that studies read; never part of the project."""
+def shared_folder() -> Path | None:
+    """The folder of public data sets that studies read, where there is one; never part of the project."""
     folder = Path(os.environ.get("BONSAI_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        raise SystemExit(
-            f"This study reads public data sets: set BONSAI_SHARED_DATA to their folder (looked for {folder})."
-        )
+    return folder if folder.is_dir() else None
+
+
+def shared_data() -> Path:
+    """The folder of public data sets, for studies that are nothing without it."""
+    folder = shared_folder()
+    if folder is None:
+        raise SystemExit("This study reads public data sets: set BONSAI_SHARED_DATA to their folder.")
     return folder
 
 

@@ -25,13 +25,21 @@ _MAX_NEW, _MAX_NEW_LETTERS = (
 )  # share of new words up to which words are faster than whole texts; the second with merges across spaces
 _NUM_LEARNING = 2
 _NUM_CHECKED = 16  # texts of a call that are tokenized both ways
-_ODD = re.compile(r"(?:^|\s)[ \n]|\n(?:\s|$)")
+_ODD = re.compile(r"(?:^|\s) ")
 _CUT = re.compile(r"(?<=\S)(?= )")
-_CUT_LINES = re.compile(r"(?<=\S)(?= |\n\S)|(?<=\S\n)(?=\S)")
+# A piece ends before a space that no white space precedes, or behind ASCII letters and digits that an ASCII character follows.
+_PIECES = re.compile(
+    r"\s*[^\s0-9A-Za-z]+(?= )"
+    r"|[^0-9A-Za-z]*[0-9A-Za-z]+(?:[^\x00-\x7f][^\s0-9A-Za-z]*(?:[^\S ]\s*[^\s0-9A-Za-z]*)*(?:[0-9A-Za-z]+|(?= )|\Z))*"
+    r"|[^0-9A-Za-z]+\Z"
+)
+_NOTHING = r"(?!)"
+_CONTROLS = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"  # BERT removes them before it looks for words
+_ENDS = r"^ | $|[▁\x1f]"  # a space on its own, what stands for one, and our mark
 _GROUP = 64  # words that the Rust tokenizer gets as one text
 _MARK = "\x1f"
 _HEAD, _TAIL = 0, 1
-# Patterns in which no match goes on from a character that is no white space to a space (GPT-2; Llama 3 and cl100k; Qwen 2).
+# The patterns of GPT-2; of Llama 3 and cl100k; of Qwen 2. See `_words_of` for what is used of them.
 _PATTERNS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -133,20 +141,19 @@ def rust_threads() -> Iterator[None]:
 
 
 class _Words:
-    """Tokenizes words instead of texts. A text is cut before spaces where its tokens are those of the pieces, one behind another; pieces come again."""
+    """Tokenizes words instead of texts. A text is cut where its tokens are those of the pieces, one behind another; pieces come again and again."""
 
     def __init__(
-        self, backend: Any, added: Sequence[str], *, at_every_space: bool, adds_space: bool, lines: bool = False
+        self, backend: Any, added: Sequence[str], *, adds_space: bool = False, refused: str = _NOTHING
     ) -> None:
         self.backend = backend
-        self.at_every_space = at_every_space  # else only behind what is no white space
+        self._refused = re.compile(refused)  # texts with these characters are not cut
         self.adds_space = (
             adds_space  # the tokenizer itself puts a space before a text, so pieces are given to it without theirs
         )
-        self.lines = lines  # a single line break between two words is cut off on both sides
         self._firsts = "".join({content[0] for content in added if content})
         contents = sorted(filter(None, added), key=len, reverse=True)
-        self._added = re.compile(f"({'|'.join(map(re.escape, contents)) or '(?!)'})")
+        self._added = re.compile(f"({'|'.join(map(re.escape, contents)) or _NOTHING})")
         ids, whole = (list(backend.encode("a", add_special_tokens=marked).ids) for marked in (False, True))
         at = next(n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids)
         self._marks = Ragged.of([whole[:at], whole[at + len(ids) :]])
@@ -164,14 +171,11 @@ class _Words:
         for text in texts:
             if special:
                 words.append(_HEAD)
-            if self._is_plain(text):
-                words += self._cut(text)
-            elif not self.adds_space and _MARK not in text:  # each part between two added tokens is a text of its own
-                for number, part in enumerate(self._added.split(text)):
-                    words += [part] if number % 2 else self._cut(part) if part else ()
-            else:
+            pieces = self._pieces(text)
+            if pieces is None:
                 uncut.append(text)
-                words.append(-len(uncut))
+                pieces = [-len(uncut)]
+            words += pieces
             if special:
                 words.append(_TAIL)
             ends.append(len(words))
@@ -188,18 +192,23 @@ class _Words:
         found = known.take(np.fromiter(map(self._places.__getitem__, words), np.int64, len(words)))
         return Ragged(found.flat, found.starts[[0, *ends]])
 
-    def _is_plain(self, text: str) -> bool:
-        if _MARK in text or (self.adds_space and ("▁" in text or text.startswith(" "))):
-            return False
-        return not (any(first in text for first in self._firsts) and self._added.search(text))
+    def _pieces(self, text: str) -> Sequence[str | int] | None:
+        """The words of a text; None when it must stay whole."""
+        if self._refused.search(text):
+            return None
+        if not any(first in text for first in self._firsts) or not self._added.search(text):
+            return self._cut(text)
+        if self.adds_space:
+            return None
+        parts = enumerate(
+            self._added.split(text)
+        )  # every other one is an added token, and between two of them is a text of its own
+        return [piece for number, part in parts for piece in ([part] if number % 2 else self._cut(part))]
 
     def _cut(self, text: str) -> list[str]:
-        if self.at_every_space:
-            return text.replace("\n", " ").split(" ")
-        if _ODD.search(text):
-            return (_CUT_LINES if self.lines else _CUT).split(text)
-        text = text.replace(" ", f"{_MARK} ")
-        return (text.replace("\n", f"{_MARK}\n{_MARK}") if self.lines else text).split(_MARK)
+        if not self.adds_space:
+            return _PIECES.findall(text)
+        return _CUT.split(text) if _ODD.search(text) else text.replace(" ", f"{_MARK} ").split(_MARK)
 
     def _learn(self, new: Sequence[str]) -> None:
         """Tokenize new words, each by itself: the Rust tokenizer takes many as one text that is already cut."""
@@ -221,9 +230,10 @@ class _Words:
 def _words_of(tokenizer: Any, backend: Any) -> _Words | None:
     """How texts may be cut before this tokenizer sees them; None where it cannot be proved that the tokens stay the same.
 
-    BERT: white space ends every word, and its normalization looks at one character at a time. Byte-level: in the known patterns no match goes on from a
-    character that is no white space to a space. SentencePiece BPE without pre-tokenizer: when no token of the vocabulary holds a space behind another
-    character, no merge can join what stands on the two sides.
+    BERT: white space and ASCII punctuation end a word, and its normalization looks at one character at a time. Byte-level: in the known patterns no match
+    goes on from an ASCII letter or digit to any other ASCII character, nor from what is no white space to a space, and what comes before a place decides
+    nothing about the matches behind it. SentencePiece BPE without pre-tokenizer: when no token of the vocabulary holds a space behind another character,
+    no merge can join what stands on the two sides of it.
     """
     added = list(tokenizer.added_tokens_decoder.values())
     odd = any(token.lstrip or token.rstrip or token.single_word for token in added)
@@ -234,17 +244,17 @@ def _words_of(tokenizer: Any, backend: Any) -> _Words | None:
     if splitter.get("type") == "BertPreTokenizer" and normalizer.get("type") in {None, "BertNormalizer"}:
         if any(token.normalized for token in added):
             return None
-        return _Words(backend, contents, at_every_space=True, adds_space=False)
+        return _Words(backend, contents, refused=_CONTROLS)
     if normalizer.get("type") in {None, "NFC"} and _is_byte_level(splitter):
         if normalizer and any(token.normalized for token in added):
             return None
-        return _Words(backend, contents, at_every_space=False, adds_space=False, lines="pretokenizers" not in splitter)
+        return _Words(backend, contents)
     if kind == "BPE" and not splitter and _prepends(normalizer) and not any(token.normalized for token in added):
         vocabulary = backend.get_vocab(with_added_tokens=False)
         joined = any(re.search(r"[^▁]▁", token) for token in vocabulary)
         complete = model.byte_fallback and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
         if not joined and complete:
-            return _Words(backend, contents, at_every_space=False, adds_space=True)
+            return _Words(backend, contents, adds_space=True, refused=_ENDS)
     return None
 
 
