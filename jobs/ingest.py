@@ -6,10 +6,12 @@ one row, as the engine itself lets the rows of quick steps share a line; their t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -57,6 +59,19 @@ class _Batch:
     taken: Taken = field(default_factory=Taken)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Whole lines of the log, which are on the disk; for a backlog also joined, unless a line among them is not what the engine writes."""
+
+    start: int
+    raw: bytes
+    joined: _Batch | None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.raw)
+
+
 class Ingester:
     """Reads one job's log from where the database stands. Every write carries the epoch of the lease."""
 
@@ -68,41 +83,42 @@ class Ingester:
     def drain(self) -> Taken:
         """Take everything that is complete in the log; raises Fenced when the lease was lost."""
         total = Taken()
-        while True:
-            try:
-                with self.path.open("rb") as file:
-                    size = file.seek(0, 2)
-                    if size < self.offset:
-                        # The machine lost power before the end of the log reached the disk. What is known stays known; the
-                        # child repeats the lost steps with the same numbers, and readers keep the first row of each step.
-                        self.offset = size
-                        Job.objects.filter(pk=self.job_id, lease_epoch=self.epoch).update(log_offset=size)
-                    file.seek(self.offset)
-                    raw = file.read(BATCH_BYTES)
-                    if b"\n" not in raw:
-                        raw += file.readline()  # one very long line
-                    end = raw.rfind(b"\n") + 1
-                    if not end:
-                        return total
-                    os.fsync(file.fileno())
-            except FileNotFoundError:
-                return total
-            taken = self._take(raw[:end], self.offset + end)
-            if taken is not None:
-                total.add(taken)
+        with contextlib.ExitStack() as stack:
+            second: ThreadPoolExecutor | None = None  # reads on in a backlog, while the database writes
+            piece = self._piece()
+            while piece is not None:
+                reading = None
+                if len(piece.raw) >= BATCH_BYTES // 2:
+                    second = second or stack.enter_context(ThreadPoolExecutor(1, "ingest"))
+                    reading = second.submit(_read, self.path, piece.end)
+                taken = self._take(piece)
+                if taken is not None:
+                    total.add(taken)
+                ahead = reading.result() if reading is not None else None
+                piece = ahead if ahead is not None and ahead.start == self.offset else self._piece()
+        return total
 
-    def _take(self, raw: bytes, offset: int) -> Taken | None:
+    def _piece(self) -> _Piece | None:
+        """What comes next in the log."""
+        size = self.path.stat().st_size if self.path.exists() else self.offset
+        if size < self.offset:
+            # The machine lost power before the end of the log reached the disk. What is known stays known; the
+            # child repeats the lost steps with the same numbers, and readers keep the first row of each step.
+            self.offset = size
+            Job.objects.filter(pk=self.job_id, lease_epoch=self.epoch).update(log_offset=size)
+        return _read(self.path, self.offset)
+
+    def _take(self, piece: _Piece) -> Taken | None:
         """Write these lines; None when the database was ahead of us, so that one has to look again."""
-        if raw.count(b"\n") >= BACKLOG_LINES:
+        if piece.joined is not None:
             try:
-                batch = _joined(raw.decode())
-                return batch.taken if self._commit(batch, offset) else None
-            except (ValueError, KeyError, TypeError, IntegrityError, DataError) as error:
-                logger.info("Job %s: a batch of the log is read line by line: %s", self.job_id, error)
+                return piece.joined.taken if self._commit(piece.joined, piece.end) else None
+            except (IntegrityError, DataError) as error:
+                logger.info("Job %s: a piece of the log is read line by line: %s", self.job_id, error)
         batch = _Batch()
-        for line in raw.splitlines():
+        for line in piece.raw.splitlines():
             self._add(batch, line)
-        return batch.taken if self._commit(batch, offset) else None
+        return batch.taken if self._commit(batch, piece.end) else None
 
     def _add(self, batch: _Batch, line: bytes) -> None:
         try:
@@ -132,6 +148,27 @@ class Ingester:
         if now is None or now[0] != self.epoch:
             raise Fenced("Another worker reads this log now.")
         _, self.offset, self.log_seq = now
+
+
+def _read(path: Path, start: int) -> _Piece | None:
+    """The next lines behind byte `start`; None when there is no whole line."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            raw = file.read(BATCH_BYTES)
+            if b"\n" not in raw:
+                raw += file.readline()  # one very long line
+            raw = raw[: raw.rfind(b"\n") + 1]
+            if not raw:
+                return None
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        return None
+    joined = None
+    if raw.count(b"\n") >= BACKLOG_LINES:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            joined = _joined(raw.decode())
+    return _Piece(start, raw, joined)
 
 
 def _joined(text: str) -> _Batch:

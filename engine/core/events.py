@@ -35,6 +35,7 @@ Kind = Literal[
     "state", "metric", "evaluation", "progress", "log", "sample", "signal", "checkpoint", "artifact", "child"
 ]
 LOG_NAME = "events.jsonl"
+MOST_ROWS = 1000  # of one metric event
 _ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal"})
 _SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child"})
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -106,7 +107,7 @@ class EventLog:
             return
         self._metric_step = row["step"]
         self._rows.append(row)
-        if time.monotonic() - self._last_flush >= self.interval:
+        if len(self._rows) >= MOST_ROWS or time.monotonic() - self._last_flush >= self.interval:
             self.flush()
 
     def flush(self) -> None:

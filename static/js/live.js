@@ -6,6 +6,7 @@ const REFRESH_MS = 1200;
 const SILENCE_MS = 10000;
 const LAST_WORDS = ["succeeded", "failed", "cancelled"];
 const DRAWN = "curves=loss,grad_norm,eval_loss";
+const STRETCH_POINTS = 1200; // more than a chart has pixels
 const CLOSED_FOR_GOOD = [4403, 4404];
 
 /** Numbered events without a hole. Goes on from the last number it saw, whatever happens to the connection. */
@@ -142,7 +143,7 @@ class Feed {
   /** The curves of one stretch; null when there is no answer, for what is drawn already will do. */
   async detail({ axis, start, end }) {
     try {
-      return await this.get(`${this.series}?${DRAWN}&axis=${axis}&start=${start}&end=${end}`);
+      return await this.get(`${this.series}?${DRAWN}&points=${STRETCH_POINTS}&axis=${axis}&start=${start}&end=${end}`);
     } catch {
       return null;
     }
