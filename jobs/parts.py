@@ -100,11 +100,10 @@ class Part:
         return self.log.open("ab")
 
 
-def parts(host: str, port: int) -> list[Part]:
-    """Engine service, consumer and web server."""
-    python, manage = sys.executable, str(ROOT / "manage.py")
-    web = [
-        python,
+def web_command(host: str, port: int | str) -> list[str]:
+    """How the web server is started."""
+    return [
+        sys.executable,
         "-m",
         "uvicorn",
         "studio.asgi:application",
@@ -125,9 +124,14 @@ def parts(host: str, port: int) -> list[Part]:
         "--ws-per-message-deflate",
         "false",
     ]
+
+
+def parts(host: str, port: int) -> list[Part]:
+    """Engine service, consumer and web server."""
+    python, manage = sys.executable, str(ROOT / "manage.py")
     return [
         Part("engine", [python, "-m", "engine", "serve", "--socket", str(engine_socket())], secret=False),
-        Part("web", web),
+        Part("web", web_command(host, port)),
         Part("consumer", [python, manage, "consume"]),
     ]
 

@@ -29,10 +29,10 @@ PAGE = ROOT / "docs" / "benchmarks" / "whole-path.md"
 class Installation:
     """A studio of its own in a temporary folder, seen through HTTP and websockets only."""
 
-    def __init__(self, home: Path, port: int) -> None:
+    def __init__(self, home: Path, port: int, **settings: str) -> None:
         self.address = f"http://127.0.0.1:{port}"
         self.output = home / "up.out"
-        environment = {**os.environ, "BONSAI_HOME": str(home / "home"), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "BONSAI_HOME": str(home / "home"), "HF_HUB_OFFLINE": "1", **settings}
         with self.output.open("wb") as sink:
             self.process = subprocess.Popen([sys.executable, "manage.py", "up", "--port", str(port), "--no-first-run"], cwd=ROOT,
                                             env=environment, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
@@ -101,7 +101,7 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         with tempfile.TemporaryDirectory(prefix="bonsai-measure-") as folder:
-            studio = Installation(Path(folder), options["port"] or _free_port())
+            studio = Installation(Path(folder), options["port"] or free_port())
             try:
                 studio.enter()
                 found = [self._one(studio, number) for number in range(options["runs"])]
@@ -158,7 +158,7 @@ class Command(BaseCommand):
             self.stdout.write(f"{name}: {value}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
