@@ -103,11 +103,10 @@ class Part:
         return self.log.open("ab")
 
 
-def parts(host: str, port: int) -> list[Part]:
-    """Engine service, consumer and web server."""
-    python, manage = sys.executable, str(ROOT / "manage.py")
-    web = [
-        python,
+def web_command(host: str, port: int | str) -> list[str]:
+    """How the web server is started."""
+    return [
+        sys.executable,
         "-m",
         "uvicorn",
         "studio.asgi:application",
@@ -128,6 +127,11 @@ def parts(host: str, port: int) -> list[Part]:
         "--ws-per-message-deflate",
         "false",
     ]
+
+
+def parts(host: str, port: int) -> list[Part]:
+    """Engine service, consumer and web server."""
+    python, manage = sys.executable, str(ROOT / "manage.py")
     return [
         Part(
             "engine",
@@ -135,7 +139,7 @@ def parts(host: str, port: int) -> list[Part]:
             secret=False,
             environment=TRAINING,
         ),
-        Part("web", web, environment=SMALL),
+        Part("web", web_command(host, port), environment=SMALL),
         Part("consumer", [python, manage, "consume"], environment=SMALL),
     ]
 
