@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.bench.workbench import Workbench, random_llama, step, story_file
 from engine.core.control import Control, write_request
 from engine.core.errors import RecipeError
 from engine.core.events import EventLog
@@ -269,3 +272,34 @@ def test_a_request_to_pause_leaves_nothing_behind(tiny: Tiny, tmp_path: Path) ->
     folder = lay(tmp_path, tiny.recipe(TOP, epochs=4))
     write_request(folder, "pause")
     assert run_folder(folder)["outcome"] == "paused" and not list(folder.glob("*frozen*"))
+
+
+def test_steps_of_the_top_half_are_cheaper(tmp_path: Path) -> None:
+    """The study frozen-half measures how much; in processor time, and far below what it finds."""
+    bench = Workbench()
+    try:
+        model, data = random_llama(bench.folder, hidden=192, layers=6, ffn=512, heads=6), story_file(bench.folder, 60)
+        runs = {}
+        for mode in ("off", "auto"):
+            settings = {
+                "learning_rate": 1e-4,
+                "epochs": 4,
+                "batch_size": 4,
+                "max_length": 128,
+                "precision": "fp32",
+                "frozen_cache": mode,
+            }
+            runs[mode] = bench.run(
+                bench.recipe(f"folder:{model}", f"file:{data}", [("lora", {"r": 4, "top_blocks": 3})], **settings)
+            )
+        with runs["auto"].remembering():
+            taken: dict[str, list[float]] = {"off": [], "auto": []}
+            for _ in range(6):
+                for mode, run in runs.items():
+                    micro, start = run.next_batches(), time.process_time()
+                    step(run, micro)
+                    taken[mode].append(time.process_time() - start)
+        ratio = statistics.median(a / b for a, b in list(zip(taken["off"], taken["auto"], strict=True))[1:])
+        assert ratio > 1.07
+    finally:
+        bench.close()
