@@ -45,11 +45,11 @@ def _database() -> Iterator[str]:
         yield ""
         return
     with server:
-        server.execute(f'CREATE DATABASE "{name}"')  # type: ignore[call-overload]  # a name of our own making
+        server.execute(f'CREATE DATABASE "{name}"')  # a name of our own making
         try:
             yield f"{SERVER}/{name}"
         finally:
-            server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')  # type: ignore[call-overload]
+            server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
 
 def _section(title: str, turns: Sequence[dict[str, Any]], *, goals: bool) -> Section:
@@ -62,7 +62,7 @@ def _section(title: str, turns: Sequence[dict[str, Any]], *, goals: bool) -> Sec
     processor = [turn["num_backlog"] / turn["ingest"][1] for turn in turns]
     writing = [turn["num"] / turn["write"][0] for turn in turns]
     whole = [1 / (1 / one + 1 / other) for one, other in zip(writing, rate, strict=True)]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("taken in and durable", _spoken(rate)),
         ("the same, a second of processor time", _spoken(processor)),
         ("written by the run, one line each", _spoken(writing)),
