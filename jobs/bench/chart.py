@@ -76,8 +76,7 @@ def _server(place: dict[str, Any]) -> Section:
     return Section(
         title="The server",
         intro=f"A finished run of {STEPS:,} steps and {RUNS} of {STEPS_A_RUN:,}, in a web process of their own, asked over HTTP: the long one for loss, gradient "
-        f"norm and held-out loss with 2,000 points each, the others for a loss of 1,000 points each; {ROUNDS} rounds. The long one has three spikes; "
-        "all must be there.",
+        f"norm and held-out loss with 2,000 points each, the others for a loss of 1,000 points each; {ROUNDS} rounds. Its three spikes must all be there.",
         columns=("what", "median, least – most"),
         rows=[
             ("series of the long run", _spoken(alone, 1e3, "ms")),
