@@ -1,4 +1,4 @@
-"""The engine's command line: python -m engine list | check | run | predict | certify | transform | serve | call | bench."""
+"""The engine's command line: python -m engine list | check | run | predict | certify | transform | serve | call | spare | bench."""
 
 from __future__ import annotations
 
@@ -40,6 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     serving = commands.add_parser("serve", help="stay resident and answer on a Unix socket")
     serving.add_argument("--socket", type=Path, required=True)
     commands.add_parser("call", help="answer one JSON request from standard input")
+    commands.add_parser(
+        "spare", help="import everything and wait for one order of the service that started this process"
+    )
     benching = commands.add_parser("bench", help="measure and rewrite docs/benchmarks")
     benching.add_argument("names", nargs="*", help="which benchmarks (default: the quick ones)")
     benching.add_argument("--list", action="store_true", help="print the names as JSON instead")
@@ -51,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _list(chosen: argparse.Namespace) -> int:
-    from engine.service import answer_catalogue
+    from engine.answers import answer_catalogue
 
     body = answer_catalogue({})
     if chosen.json:
@@ -155,7 +158,7 @@ def _serve(chosen: argparse.Namespace) -> int:
 
 
 def _call(chosen: argparse.Namespace) -> int:
-    from engine.service import answer, encode
+    from engine.answers import answer, encode
     from engine.train.run import set_threads
 
     request = json.loads(sys.stdin.read())
@@ -165,6 +168,12 @@ def _call(chosen: argparse.Namespace) -> int:
     real.buffer.write(reply)
     real.flush()
     return 0
+
+
+def _spare(chosen: argparse.Namespace) -> int:
+    from engine.spare import wait_for_order
+
+    return wait_for_order()
 
 
 def _bench(chosen: argparse.Namespace) -> int:
@@ -194,6 +203,7 @@ _COMMANDS = {
     "transform": _transform,
     "serve": _serve,
     "call": _call,
+    "spare": _spare,
     "bench": _bench,
 }
 

@@ -8,7 +8,6 @@ import platform
 from dataclasses import dataclass
 
 import psutil
-import pynvml
 from django.utils import timezone
 
 from jobs.models import Device
@@ -47,6 +46,8 @@ def gpu_index(name: str) -> str | None:
 
 
 def _gpus() -> list[Place]:
+    import pynvml  # a megabyte that only a worker needs
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

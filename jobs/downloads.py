@@ -156,7 +156,7 @@ def events_response(request: HttpRequest, job: Job) -> StreamingHttpResponse:
 def csv_lines(job: Job) -> Iterator[bytes]:
     """The lines of the events table; texts that a spreadsheet would run as a formula are made harmless."""
     yield _csv_line(CSV_HEAD)
-    for event in Event.objects.filter(job=job, seq__lte=job.last_seq).order_by("seq").iterator(chunk_size=500):
+    for event in Event.objects.filter(job=job, seq__lte=job.last_seq).order_by("seq").iterator(chunk_size=50):
         moment = datetime.fromtimestamp(event.time, UTC).isoformat(timespec="milliseconds")
         if event.kind == "metric":
             for row in event.data.get("rows", []):

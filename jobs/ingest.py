@@ -1,14 +1,20 @@
-"""From a child's log into the database: each batch is one transaction, so a crash between reading and committing repeats nothing."""
+"""From a child's log into the database: each batch is one transaction, so a crash between reading and committing repeats nothing.
+
+What the database shows is on the disk: the log is synced before a batch is committed. In a backlog, metric lines that follow each other share
+one row, as the engine itself lets the rows of quick steps share a line; their text is joined, not parsed, and the database checks that it is JSON.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from django.db import connection, transaction
+from django.db import DataError, IntegrityError, connection, transaction
 from django.db.models import F
 
 from engine.core.events import LOG_NAME
@@ -18,7 +24,13 @@ from jobs.models import Event, Job
 
 logger = logging.getLogger(__name__)
 BATCH_BYTES = 4 << 20
+BACKLOG_LINES = 1000  # so many lines at once are a backlog
+SHARED_BYTES = 64 << 10  # about so much of a backlog becomes one event
 _COLUMNS = ("job_id", "seq", "log_seq", "kind", "step", "time", "data")
+# A metric line as the engine writes it, its rows as one text; and any other line.
+_LINE = re.compile(
+    r'\{"seq":(\d+),"time":(\d+\.\d+),"kind":"metric","step":(\d+),"data":\{"rows":\[(\{.*\})\]\}\}\n|(.+)\n'
+)
 
 
 @dataclass
@@ -39,7 +51,8 @@ class Taken:
 class _Batch:
     rows: list[tuple[int, str, int, float, str]] = field(
         default_factory=list
-    )  # log_seq, kind, step, time, data as JSON
+    )  # log_seq (of its first line), kind, step, time, data as JSON
+    highest: int = 0  # log_seq of the last line
     changes: dict[str, Any] = field(default_factory=dict)
     taken: Taken = field(default_factory=Taken)
 
@@ -68,35 +81,39 @@ class Ingester:
                     raw = file.read(BATCH_BYTES)
                     if b"\n" not in raw:
                         raw += file.readline()  # one very long line
+                    end = raw.rfind(b"\n") + 1
+                    if not end:
+                        return total
+                    os.fsync(file.fileno())
             except FileNotFoundError:
                 return total
-            end = raw.rfind(b"\n") + 1
-            if not end:
-                return total
-            batch = self._parse(raw[:end])
-            if not self._commit(batch, self.offset + end):
-                continue
-            total.add(batch.taken)
+            taken = self._take(raw[:end], self.offset + end)
+            if taken is not None:
+                total.add(taken)
 
-    def _parse(self, raw: bytes) -> _Batch:
+    def _take(self, raw: bytes, offset: int) -> Taken | None:
+        """Write these lines; None when the database was ahead of us, so that one has to look again."""
+        if raw.count(b"\n") >= BACKLOG_LINES:
+            try:
+                batch = _joined(raw.decode())
+                return batch.taken if self._commit(batch, offset) else None
+            except (ValueError, KeyError, TypeError, IntegrityError, DataError) as error:
+                logger.info("Job %s: a batch of the log is read line by line: %s", self.job_id, error)
         batch = _Batch()
         for line in raw.splitlines():
-            try:
-                body = json.loads(line)
-                kind, step, data = str(body["kind"]), int(body["step"]), dict(body["data"])
-                text = json.dumps(data, separators=(",", ":")).replace("\\u0000", "\\ufffd")  # PostgreSQL stores no NUL
-                batch.rows.append((int(body["seq"]), kind, step, float(body["time"]), text))
-            except (ValueError, KeyError, TypeError):
-                logger.warning("Job %s: a line of the log could not be read and was left out.", self.job_id)
-                continue
-            _note(batch, kind, step, data)
-        batch.taken.num_events = len(batch.rows)
-        return batch
+            self._add(batch, line)
+        return batch.taken if self._commit(batch, offset) else None
+
+    def _add(self, batch: _Batch, line: bytes) -> None:
+        try:
+            _add_line(batch, line)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("Job %s: a line of the log could not be read and was left out.", self.job_id)
 
     def _commit(self, batch: _Batch, offset: int) -> bool:
         """Write one batch; False when the database was ahead of us (a commit whose answer got lost), so look again."""
         num = len(batch.rows)
-        highest = max([self.log_seq, *(row[0] for row in batch.rows)])
+        highest = max(self.log_seq, batch.highest)
         with transaction.atomic():
             moved = Job.objects.filter(pk=self.job_id, lease_epoch=self.epoch, log_offset=self.offset).update(
                 last_seq=F("last_seq") + num, log_offset=offset, log_seq=highest, **batch.changes
@@ -115,6 +132,54 @@ class Ingester:
         if now is None or now[0] != self.epoch:
             raise Fenced("Another worker reads this log now.")
         _, self.offset, self.log_seq = now
+
+
+def _joined(text: str) -> _Batch:
+    """A backlog: neighbouring metric lines become one event. Raises what reading a damaged line raises."""
+    batch = _Batch()
+    lines = _LINE.findall(text)
+    most = max(1, SHARED_BYTES * len(lines) // len(text))
+    start = 0
+    for end in [*(place for place, line in enumerate(lines) if line[4]), len(lines)]:
+        for first in range(start, end, most):
+            _share(batch, lines[first : min(first + most, end)])
+        if end < len(lines):
+            _add_line(batch, lines[end][4])
+        start = end + 1
+    return batch
+
+
+def _share(batch: _Batch, lines: list[tuple[str, str, str, str, str]]) -> None:
+    """One event for these metric lines (seq, time, step, rows): the number of the first, the time and the step of the last.
+
+    Rows that hold objects of their own are refused: only flat ones can be joined without looking into them.
+    """
+    last, moment, step, rows, _ = lines[-1]
+    joined = ",".join([line[3] for line in lines])
+    num = joined.count("{")
+    if num != len(lines) and not num == joined.count("}") == joined.count("},{") + 1:
+        raise ValueError("A metric row is not flat.")
+    batch.rows.append((int(lines[0][0]), "metric", int(step), float(moment), _storable(f'{{"rows":[{joined}]}}')))
+    batch.highest = max(batch.highest, int(last))
+    batch.taken.num_events += len(lines)
+    _note(batch, "metric", int(step), {"rows": json.loads(f"[{rows}]")})
+
+
+def _add_line(batch: _Batch, line: str | bytes) -> None:
+    body = json.loads(line, parse_constant=_refuse)
+    seq, kind, step, data = int(body["seq"]), str(body["kind"]), int(body["step"]), dict(body["data"])
+    batch.rows.append((seq, kind, step, float(body["time"]), _storable(json.dumps(data, separators=(",", ":")))))
+    batch.highest = max(batch.highest, seq)
+    batch.taken.num_events += 1
+    _note(batch, kind, step, data)
+
+
+def _storable(text: str) -> str:
+    return text.replace("\\u0000", "\\ufffd") if "\\" in text else text  # PostgreSQL stores no NUL
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"JSON has no {constant}.")
 
 
 def _note(batch: _Batch, kind: str, step: int, data: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from jobs.catalogue import engine
 from jobs.devices import gpu_index
 from jobs.models import Job
 from jobs.places import home
-from jobs.processes import is_alive, lock_holder, process_start
+from jobs.processes import TRAINING, is_alive, lock_holder, process_start
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, EXIT, LOCK = "result.json", "exit.json", "lock"
@@ -62,7 +62,10 @@ def find(job: Job, folder: Path, beside: int | None = None) -> Child | None:
 
 
 def start(job: Job, folder: Path) -> Child:
-    """Write what the child reads, and start it: forked from the service on a processor, a fresh process on a GPU."""
+    """Write what the child reads, and have the service start it: a fork on a processor, a process that has imported everything on a GPU.
+
+    Where no service listens, the child is a fresh process of this one.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in (RESULT, EXIT):
         (folder / name).unlink(missing_ok=True)
@@ -71,11 +74,11 @@ def start(job: Job, folder: Path) -> Child:
     write_json(folder / "attempt.json", {"attempt": job.attempt})
     gpu = gpu_index(job.device)
     service = engine(timeout=20.0)
-    if gpu is None and service.alive():
+    if service.alive():
         # It may die in this very moment, or answer too late and have launched after all. Then a process of our own is started
         # as well, and the folder's lock lets one of the two work; what is wrong with the folder, that one says.
         with suppress(EngineError, OSError, ValueError, subprocess.SubprocessError):
-            answer = service.call("launch", folder=str(folder))
+            answer = service.call("launch", folder=str(folder), gpu=gpu)
             return Child(int(answer["pid"]), int(answer["started"]))
     return _spawn(folder, gpu)
 
@@ -93,7 +96,7 @@ def _spawn(folder: Path, gpu: str | None) -> Child:
         **os.environ,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "passive",
+        **TRAINING,
         "TOKENIZERS_PARALLELISM": "false",
         "BONSAI_HOME": str(home()),
         "CUDA_VISIBLE_DEVICES": gpu or "",

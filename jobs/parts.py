@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -16,20 +16,23 @@ from django.conf import settings
 
 from engine.core.control import write_json
 from jobs.places import engine_socket, home
-from jobs.processes import is_alive, process_start, signal_group
+from jobs.processes import TRAINING, is_alive, process_start, signal_group
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "up.json"
 MAX_LOG_BYTES = 10 << 20
 SECRETS = ("BONSAI_SECRET_KEY", "BONSAI_ADMIN_PASSWORD", "DATABASE_URL", "REDIS_URL")
 MAX_PAUSE = 30.0
+SMALL = {"MALLOC_ARENA_MAX": "2"}  # threads share their free memory instead of keeping a part each
 
 
 class Part:
     """One process that should always run."""
 
-    def __init__(self, name: str, command: Sequence[str], *, secret: bool = True) -> None:
-        self.name, self.command, self.secret = name, list(command), secret
+    def __init__(
+        self, name: str, command: Sequence[str], *, secret: bool = True, environment: Mapping[str, str] = {}
+    ) -> None:
+        self.name, self.command, self.secret, self.environment = name, list(command), secret, environment
         self.process: subprocess.Popen[bytes] | None = None
         self.log = home() / "log" / f"{name}.log"
         self._pause = 0.2
@@ -41,9 +44,9 @@ class Part:
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
-            "OMP_WAIT_POLICY": "passive",
             "BONSAI_HOME": str(settings.BONSAI_HOME),
             "DJANGO_SETTINGS_MODULE": "studio.settings",
+            **self.environment,
         }
         if not self.secret:
             environment = {key: value for key, value in environment.items() if key not in SECRETS}
@@ -130,9 +133,14 @@ def parts(host: str, port: int) -> list[Part]:
     """Engine service, consumer and web server."""
     python, manage = sys.executable, str(ROOT / "manage.py")
     return [
-        Part("engine", [python, "-m", "engine", "serve", "--socket", str(engine_socket())], secret=False),
-        Part("web", web_command(host, port)),
-        Part("consumer", [python, manage, "consume"]),
+        Part(
+            "engine",
+            [python, "-m", "engine", "serve", "--socket", str(engine_socket())],
+            secret=False,
+            environment=TRAINING,
+        ),
+        Part("web", web_command(host, port), environment=SMALL),
+        Part("consumer", [python, manage, "consume"], environment=SMALL),
     ]
 
 

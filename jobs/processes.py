@@ -10,6 +10,9 @@ from pathlib import Path
 
 import psutil
 
+# Of processes that train: waiting threads sleep, and the C library asks for huge pages (Linux), which spares a child most of its page faults.
+TRAINING = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 def process_start(pid: int) -> int | None:
     """When the kernel started this process, in clock ticks since boot; None when there is no such process or it is a zombie."""

@@ -28,10 +28,12 @@ from jobs.outlet import Frame, Outlet
 from jobs.wake import Bell
 
 logger = logging.getLogger(__name__)
-FRAME_SECONDS = 0.1
+FRAME_SECONDS = 0.1  # at most ten frames a second on average …
+BURST_FRAMES = 3  # … of which so many may follow each other at once after a silence
 POLL_SECONDS = 1.0
 RECHECK_SECONDS = 60.0
 FRAME_EVENTS = 1000
+FRAME_CHARS = 2 << 20  # an event of a backlog may hold hundreds of steps
 MAX_BACKLOG = 5000
 KEPT_BACKLOGS = 8
 FAN_OUT = 250  # viewers that are served before others get their turn on the loop
@@ -56,6 +58,7 @@ class Topic:
 
     cursor: int
     viewers: set[Viewer] = field(default_factory=set)
+    spent: float = 0.0  # until when the frames that were sent use up the rate
     arriving: set[Viewer] = field(default_factory=set)
     backlogs: dict[int, asyncio.Future[Frame | None]] = field(
         default_factory=dict
@@ -226,7 +229,9 @@ class Pump:
         if frame is not None:
             topic.cursor = frame.last_seq
             topic.backlogs.clear()
-            topic.next_frame = asyncio.get_running_loop().time() + FRAME_SECONDS
+            now = asyncio.get_running_loop().time()
+            topic.spent = max(topic.spent, now) + FRAME_SECONDS
+            topic.next_frame = topic.spent - (BURST_FRAMES - 1) * FRAME_SECONDS
             await self.publish(topic, frame)
         if more:
             self._dirty.add(job_id)
@@ -260,7 +265,7 @@ def _backlog(job_id: uuid.UUID, after: int, upto: int) -> Frame | None:
     first = Job.objects.filter(pk=job_id).values_list("first_seq", flat=True).first()
     if first is None or after + 1 < first or upto - after > MAX_BACKLOG or after > upto:
         return None
-    return _frame(job_id, after, upto)[0]
+    return _frame(job_id, after, upto)
 
 
 def _next_frame(job_id: uuid.UUID, cursor: int) -> tuple[Frame | None, bool | None]:
@@ -273,22 +278,26 @@ def _next_frame(job_id: uuid.UUID, cursor: int) -> tuple[Frame | None, bool | No
         return None, False
     if cursor + 1 < first:
         return Frame(json.dumps({"type": "resync", "first": first}), last), False
-    frame, num = _frame(job_id, cursor, last)
-    return frame, num == FRAME_EVENTS
+    frame = _frame(job_id, cursor, last)
+    return frame, frame is not None and frame.last_seq < last
 
 
-def _frame(job_id: uuid.UUID, after: int, upto: int) -> tuple[Frame | None, int]:
+def _frame(job_id: uuid.UUID, after: int, upto: int) -> Frame | None:
     """Events as one message. Their data goes out as the text in which it is stored."""
-    rows = list(
+    rows = (
         Event.objects.filter(job_id=job_id, seq__gt=after, seq__lte=upto)
         .order_by("seq")
         .annotate(text=Cast("data", TextField()))
         .values_list("seq", "time", "kind", "step", "text")[:FRAME_EVENTS]
     )
-    if not rows:
-        return None, 0
-    events = ",".join(
-        f'{{"seq":{seq},"time":{json.dumps(moment)},"kind":{json.dumps(kind)},"step":{step},"data":{text}}}'
-        for seq, moment, kind, step, text in rows
-    )
-    return Frame(f'{{"type":"events","events":[{events}],"last_seq":{rows[-1][0]}}}', rows[-1][0]), len(rows)
+    events: list[str] = []
+    size = last = 0
+    for seq, moment, kind, step, text in rows.iterator(chunk_size=100):
+        size += len(text)
+        if events and size > FRAME_CHARS:
+            break
+        events.append(
+            f'{{"seq":{seq},"time":{json.dumps(moment)},"kind":{json.dumps(kind)},"step":{step},"data":{text}}}'
+        )
+        last = seq
+    return Frame(f'{{"type":"events","events":[{",".join(events)}],"last_seq":{last}}}', last) if events else None

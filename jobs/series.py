@@ -1,198 +1,188 @@
 """Curves to look at: thinned out so that a browser can draw them, with every spike still there.
 
-Each bucket of neighbouring steps keeps its least, its greatest, its last and its first non-finite value. What was read once stays in
-memory, so that a running job costs only its new rows.
+Each bucket of neighbouring steps keeps its least, its greatest, its last and its first non-finite value. The numbers come from the columns
+beside the log (`jobs.curves`), some at a time, so that neither time nor memory is spent on rows.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-import uuid
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from engine.core.events import LOG_NAME, read_events
-from jobs.models import Event, Job
+from jobs.curves import PIECE_ROWS, Curves
+from jobs.models import Job
 from jobs.places import job_folder
 
 CURVES = ("loss", "grad_norm", "learning_rate")
 AXES = ("step", "samples", "seconds")
-MAX_KEPT_ROWS = 4_000_000
-KINDS = ("metric", "evaluation", "signal")
+MANY = 20_000  # so many values at once are worth loading numpy
+Axis = Literal["step", "samples", "seconds"]
 
 
-class Rows:
-    """Every step of one job, as columns."""
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one axis, ends included."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.clear()
-
-    def clear(self) -> None:
-        self.columns = {name: array("d") for name in (*AXES, *CURVES)}
-        self.evaluations: list[dict[str, Any]] = []
-        self.signals: list[dict[str, Any]] = []
-        self.last_seq = 0
-
-    def __len__(self) -> int:
-        return len(self.columns["step"])
-
-    def add(self, kind: str, step: int, data: Mapping[str, Any]) -> None:
-        if kind == "metric":
-            self._add_steps(data.get("rows", ()))
-        elif kind == "evaluation":
-            self.evaluations.append({"step": step, **data})
-        elif kind == "signal":
-            self.signals.append({"step": step, **data})
-
-    def _add_steps(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        steps = self.columns["step"]
-        last = steps[-1] if steps else -1.0
-        others = [(name, column) for name, column in self.columns.items() if name != "step"]
-        for row in rows:
-            step = row["step"]
-            if step <= last:  # a step that was repeated after the log lost its end
-                continue
-            last = step
-            steps.append(step)
-            for name, column in others:
-                value = row.get(name)
-                column.append(math.nan if value is None else value)
+    axis: Axis = "step"
+    start: float | None = None
+    end: float | None = None
 
 
-_kept: OrderedDict[uuid.UUID, Rows] = OrderedDict()
-_lock = threading.Lock()
+def series(
+    job: Job, points: int = 2000, *, window: Window | None = None, names: Collection[str] = ()
+) -> dict[str, Any]:
+    """The curves of a job with at most about `points` points each, its evaluations and signals, and where to go on with events.
 
-
-def series(job: Job, points: int = 2000) -> dict[str, Any]:
-    """The curves of a job with at most about `points` points each, its evaluations and signals, and where to go on with events."""
-    rows = _rows(job)
-    with rows.lock:
-        _read_on(job, rows)
-        columns = {name: np.array(column, dtype=np.float64) for name, column in rows.columns.items()}
-        evaluations, signals, last = list(rows.evaluations), list(rows.signals), rows.last_seq
-    curves = {name: _thinned(columns, name, points) for name in CURVES}
-    curves |= _evaluation_curves(evaluations, columns, points)
-    samples_at = dict(zip(columns["step"].tolist(), columns["samples"].tolist(), strict=True)) if signals else {}
-    return {
+    Only the rows of `window` and the two beside it, at full resolution where they are few; only the curves that `names` lists, if any,
+    and then without the table of evaluations.
+    """
+    now = Job.objects.filter(pk=job.pk).values_list("last_seq", "log_offset").first()
+    last, offset = now or (0, 0)
+    rows = Curves(job_folder(job.pk)).read_on(offset)
+    evaluations, signals = rows.marks("evaluation"), rows.marks("signal")
+    curves = _step_curves(rows, points, _range(rows, window), [name for name in CURVES if not names or name in names])
+    curves |= {
+        name: curve
+        for name, curve in _evaluation_curves(rows, evaluations, points).items()
+        if not names or name in names
+    }
+    places = rows.at_steps([signal["step"] for signal in signals])
+    body = {
         "last_seq": last,
-        "num_steps": len(columns["step"]),
-        "curves": {name: curve for name, curve in curves.items() if curve["value"]},
-        "evaluations": evaluations,
-        "signals": [{**signal, "samples": samples_at.get(signal["step"])} for signal in signals],
+        "num_steps": rows.head.rows,
+        "curves": curves,
+        "signals": [
+            {**signal, "samples": place and int(place["samples"])}
+            for signal, place in zip(signals, places, strict=True)
+        ],
+    }
+    return body if names else {**body, "evaluations": evaluations}
+
+
+def decimate(values: array[float], points: int) -> list[int]:
+    """Indices of the values to keep, in order: the first; of each bucket the least, the greatest, the last and the first that is not finite."""
+    return _kept(values, bucket_edges(len(values), points))
+
+
+def bucket_edges(num: int, points: int) -> list[int]:
+    """Where buckets begin and end, for `num` values of which about `points` are kept at most. The first value is a bucket of its own."""
+    if num <= points:
+        return list(range(num + 1))
+    buckets = max(1, (points - 1) // 4)
+    return [0, *(1 + (num - 1) * place // buckets for place in range(buckets + 1))]
+
+
+def _kept(values: array[float], edges: Sequence[int]) -> list[int]:
+    """What `decimate` keeps of the buckets between `edges`, which begin at 0 and end at the number of values."""
+    if len(edges) == len(values) + 1:
+        return list(range(len(values)))
+    return (kept_of_many if len(values) >= MANY else kept_of_few)(values, edges)
+
+
+def kept_of_few(values: array[float], edges: Sequence[int]) -> list[int]:
+    """Bucket by bucket, without numpy."""
+    kept = set()
+    for start, end in pairwise(edges):
+        part = values[start:end]
+        kept.add(end - 1)
+        finite = part.tolist()
+        if not math.isfinite(sum(part)):  # one of them is not finite, or their sum is not
+            odd = next((place for place, value in enumerate(part) if not math.isfinite(value)), None)
+            if odd is not None:
+                kept.add(start + odd)
+            finite = [value for value in part if math.isfinite(value)]
+        if finite:
+            kept |= {start + part.index(min(finite)), start + part.index(max(finite))}
+    return sorted(kept)
+
+
+def kept_of_many(values: array[float], edges: Sequence[int]) -> list[int]:
+    """The same indices as `kept_of_few`, all buckets at once. Only long runs load numpy: the web process stays small."""
+    import numpy as np
+
+    column, borders = np.frombuffer(values), np.array(edges)
+
+    def first_hits(hit: Any) -> Any:
+        where = np.flatnonzero(hit)
+        place = np.searchsorted(where, borders)
+        return where[place[:-1][place[:-1] < place[1:]]]
+
+    finite = np.isfinite(column)
+    kept = [borders[1:] - 1, first_hits(~finite)]
+    for empty, extreme in ((np.inf, np.minimum), (-np.inf, np.maximum)):
+        filled = np.where(finite, column, empty)
+        extremes = np.repeat(extreme.reduceat(filled, borders[:-1]), np.diff(borders))
+        kept.append(first_hits(finite & (filled == extremes)))
+    indices: list[int] = np.unique(np.concatenate(kept)).tolist()
+    return indices
+
+
+def _range(rows: Curves, window: Window | None) -> tuple[int, int]:
+    """Which rows to show: those of the window, and one more at each side, so that lines leave the picture at its edge."""
+    num = rows.head.rows
+    if window is None:
+        return 0, num
+    start = 0 if window.start is None else rows.first_at(window.axis, window.start)
+    end = num if window.end is None else rows.first_at(window.axis, math.nextafter(window.end, math.inf))
+    return max(0, start - 1), min(num, max(start, end) + 1)
+
+
+def _step_curves(rows: Curves, points: int, shown: tuple[int, int], names: Sequence[str]) -> dict[str, Any]:
+    """Decimated curves of the rows start … end."""
+    start, end = shown
+    edges = bucket_edges(end - start, points)
+    chosen: dict[str, dict[str, list[float]]] = {name: {column: [] for column in (*AXES, "value")} for name in names}
+    bucket = 0
+    while bucket < len(edges) - 1:  # a number of whole buckets at a time
+        stop = max(bucket + 1, bisect_right(edges, edges[bucket] + PIECE_ROWS) - 1)
+        part = rows.read(start + edges[bucket], start + edges[stop])
+        inside = [edge - edges[bucket] for edge in edges[bucket : stop + 1]]
+        for name, curve in chosen.items():
+            values = part[name]
+            kept = _kept(values, inside)
+            curve["value"] += [values[place] for place in kept]
+            for axis in AXES:
+                curve[axis] += [part[axis][place] for place in kept]
+        bucket = stop
+    return {name: _spoken(curve) for name, curve in chosen.items() if curve["value"]}
+
+
+def _spoken(curve: Mapping[str, Sequence[float]]) -> dict[str, list[Any]]:
+    """Numbers as they travel: seven digits are more than a screen shows, and what is not finite is null, because JSON has no NaN."""
+    return {
+        name: [float(f"{value:.7g}") if math.isfinite(value) else None for value in values]
+        if name in ("value", "seconds")
+        else [int(value) if math.isfinite(value) else 0 for value in values]
+        for name, values in curve.items()
     }
 
 
-def decimate(values: NDArray[np.float64], points: int) -> NDArray[np.int64]:
-    """Indices of the values to keep, in order: of each bucket the least, the greatest, the last and the first that is not finite."""
-    num = len(values)
-    if num <= points:
-        return np.arange(num)
-    buckets = max(1, points // 4)
-    edges = np.linspace(0, num, buckets + 1).astype(np.int64)
-    starts = edges[:-1]
-    bucket_of = np.repeat(np.arange(buckets), np.diff(edges))
-    finite = np.isfinite(values)
-    kept = [edges[1:] - 1]
-    for filled, extreme in (
-        (np.where(finite, values, np.inf), np.minimum),
-        (np.where(finite, values, -np.inf), np.maximum),
-    ):
-        hit = finite & (filled == extreme.reduceat(filled, starts)[bucket_of])
-        where = np.flatnonzero(hit)
-        _, first = np.unique(bucket_of[where], return_index=True)
-        kept.append(where[first])
-    odd = np.flatnonzero(~finite)
-    _, first = np.unique(bucket_of[odd], return_index=True)
-    kept.append(odd[first])
-    return np.unique(np.concatenate(kept))
-
-
-def _rows(job: Job) -> Rows:
-    with _lock:
-        rows = _kept.pop(job.pk, None) or Rows()
-        _kept[job.pk] = rows
-        total = sum(map(len, _kept.values()))
-        while total > MAX_KEPT_ROWS and len(_kept) > 1:
-            total -= len(_kept.popitem(last=False)[1])
-        return rows
-
-
-def _read_on(job: Job, rows: Rows) -> None:
-    """Read what is new. Rows that were pruned from the database are read from the log, which keeps everything."""
-    now = Job.objects.filter(pk=job.pk).values_list("last_seq", "first_seq").first()
-    if now is None:
-        return
-    last, first = now
-    if rows.last_seq + 1 < first:
-        _read_pruned(job, rows, first)
-    events = Event.objects.filter(job_id=job.pk, seq__gt=rows.last_seq, seq__lte=last, kind__in=KINDS).order_by("seq")
-    for kind, step, data in events.values_list("kind", "step", "data").iterator(chunk_size=2000):
-        rows.add(kind, step, data)
-    rows.last_seq = last
-
-
-def _read_pruned(job: Job, rows: Rows, first: int) -> None:
-    rows.clear()  # begin anew: the log numbers its lines differently
-    kept = (
-        Event.objects.filter(job_id=job.pk, seq__gte=first, log_seq__isnull=False)
-        .order_by("seq")
-        .values_list("log_seq", flat=True)
-        .first()
-    )
-    path = job_folder(job.pk) / LOG_NAME
-    if path.exists():
-        for event, _ in read_events(path):
-            if kept is not None and event.seq >= kept:
-                break
-            if event.kind in KINDS:
-                rows.add(event.kind, event.step, event.data)
-    rows.last_seq = first - 1
-
-
-def _thinned(columns: Mapping[str, NDArray[np.float64]], name: str, points: int) -> dict[str, list[Any]]:
-    chosen = decimate(columns[name], points)
-    curve: dict[str, list[Any]] = {"value": [_number(value) for value in columns[name][chosen].tolist()]}
-    for axis in AXES:
-        picked = columns[axis][chosen]
-        curve[axis] = (
-            [_number(value) for value in picked.tolist()] if axis == "seconds" else picked.astype(np.int64).tolist()
-        )
-    return curve if np.isfinite(columns[name]).any() or len(chosen) else {"value": []}
-
-
-def _evaluation_curves(
-    evaluations: list[dict[str, Any]], columns: Mapping[str, NDArray[np.float64]], points: int
-) -> dict[str, Any]:
+def _evaluation_curves(rows: Curves, evaluations: Sequence[Mapping[str, Any]], points: int) -> dict[str, Any]:
     """One curve for every number that is measured on held-out rows."""
     names = sorted(
         {key for row in evaluations for key, value in row.items() if key.startswith("eval_") and _is_number(value)}
     )
     if not names:
         return {}
-    steps = np.array([row["step"] for row in evaluations], dtype=np.float64)
-    samples = np.array([row.get("samples") or 0 for row in evaluations], dtype=np.float64)
-    known = columns["step"]
-    seconds = np.interp(steps, known, columns["seconds"], left=0.0) if len(known) else np.zeros(len(steps))
+    columns = {
+        "step": [float(row["step"]) for row in evaluations],
+        "samples": [float(row.get("samples") or 0) for row in evaluations],
+        "seconds": [row["seconds"] if row else 0.0 for row in rows.at_steps([row["step"] for row in evaluations])],
+    }
     curves = {}
     for name in names:
-        values = np.array(
-            [row[name] if _is_number(row.get(name)) else math.nan for row in evaluations], dtype=np.float64
+        values = array("d", [row[name] if _is_number(row.get(name)) else math.nan for row in evaluations])
+        kept = decimate(values, points)
+        curves[name] = _spoken(
+            {column: [numbers[place] for place in kept] for column, numbers in {"value": values, **columns}.items()}
         )
-        curves[name] = _thinned({"step": steps, "samples": samples, "seconds": seconds, name: values}, name, points)
     return curves
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: float) -> float | None:
-    """Seven digits are more than a screen shows; what is not finite is null, because JSON has no NaN."""
-    return float(f"{value:.7g}") if math.isfinite(value) else None

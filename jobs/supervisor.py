@@ -19,14 +19,19 @@ from django.db import InterfaceError, OperationalError, connection
 from engine.core.control import write_request
 from engine.core.errors import EngineError
 from jobs import endings, launch, processes, schedule, wake
+from jobs.curves import Curves
 from jobs.ingest import Ingester
 from jobs.lifecycle import Fenced, Overtaken, transition
 from jobs.models import ACTIVE, Job, Status
 from jobs.places import job_folder
 
 logger = logging.getLogger(__name__)
-LOOK_SECONDS = 0.1
+FIRST_LOOK_SECONDS, LOOK_SECONDS, SLOWER = 0.01, 0.1, 1.25  # looks at the log are frequent after news and become rarer
 ASK_SECONDS = 1.0
+COLUMN_SECONDS, LAST_COLUMN_SECONDS = (
+    0.3,
+    10.0,
+)  # spent on the columns at a look, and at the end; who looks at a chart reads the rest
 RENEWALS_PER_LEASE = 6
 
 shutting_down = threading.Event()
@@ -71,6 +76,7 @@ class Supervision:
         self.job, self.epoch = job, job.lease_epoch
         self.folder = job_folder(job.pk)
         self.ingester = Ingester(job, self.folder, self.epoch)
+        self.curves = Curves(self.folder)
         self.child: launch.Child | None = None
         self.memory_kills = processes.num_memory_kills()
         self.killed = False
@@ -78,6 +84,7 @@ class Supervision:
         self._forwarded = ""
         self._deadline: float | None = None
         self._next_signal: Literal["TERM", "KILL"] = "TERM"
+        self._pause = FIRST_LOOK_SECONDS
 
     def run(self) -> None:
         topic = str(self.job.pk)
@@ -90,7 +97,7 @@ class Supervision:
                 alive = self._patiently(self._tick, rung=flag.is_set())
                 if not alive:
                     break
-                flag.wait(LOOK_SECONDS)
+                flag.wait(self._pause)
             self._patiently(self._end)
         finally:
             if ears:
@@ -122,6 +129,7 @@ class Supervision:
         """One look at everything; False when the child has ended."""
         alive = self.child is not None and self.child.is_alive()
         taken = self.ingester.drain()
+        self._pause = FIRST_LOOK_SECONDS if taken.num_events else min(self._pause * SLOWER, LOOK_SECONDS)
         now = time.monotonic()
         if self.job.status == Status.STARTING and "running" in taken.states:
             self._move(Status.RUNNING, message=taken.message)
@@ -133,6 +141,7 @@ class Supervision:
             self._renewed = now
         if rung or shutting_down.is_set() or now - self._asked >= ASK_SECONDS:
             self._asked = now
+            self._keep_columns(COLUMN_SECONDS)
             self._obey()
         self._insist(now)
         if not alive and self.child is not None:
@@ -143,6 +152,13 @@ class Supervision:
                 self._write(child_pid=other.pid, child_started=other.started)
                 return True
         return alive
+
+    def _keep_columns(self, seconds: float) -> None:
+        """Let the columns follow the log, so that who opens a long run does not wait for them. They can be made anew at any time."""
+        try:
+            self.curves.read_on(self.ingester.offset, seconds=seconds)
+        except OSError:
+            logger.warning("Job %s: the columns beside the log could not be written.", self.job.pk, exc_info=True)
 
     def _obey(self) -> None:
         """Forward what somebody asked for since the last look."""
@@ -182,6 +198,7 @@ class Supervision:
     def _end(self) -> None:
         """The child is gone: take the rest of its log, judge how it ended, and write that down."""
         self.ingester.drain()
+        self._keep_columns(LAST_COLUMN_SECONDS)
         self.job.refresh_from_db()
         if self.job.lease_epoch != self.epoch:
             raise Fenced("Another worker judged the end of this run.")

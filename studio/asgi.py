@@ -5,13 +5,18 @@ import os
 from channels.routing import ProtocolTypeRouter, URLRouter
 from channels.security.websocket import AllowedHostsOriginValidator
 from channels.sessions import CookieMiddleware
+from django.conf import settings
 from django.core.asgi import get_asgi_application
 
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
-pages = get_asgi_application()  # sets Django up, so everything below may import models
+from jobs.light import absent
 
-from jobs.limits import BodyLimit  # noqa: E402
-from jobs.routing import websocket_urlpatterns  # noqa: E402
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "studio.settings")
+# ninja loads Django's test tools, and these another template language; the admin's library looks for PostgreSQL.
+with absent("jinja2", *settings.BONSAI_UNUSED_DRIVERS):
+    pages = get_asgi_application()  # sets Django up, so everything below may import models
+
+from jobs.limits import BodyLimit
+from jobs.routing import websocket_urlpatterns
 
 application = ProtocolTypeRouter(
     {

@@ -10,9 +10,17 @@ from typing import Any
 
 import environ
 
-from jobs.serializer import JsonSerializer
+from jobs.light import absent
 
 env = environ.Env()
+REDIS_URL = env.str("REDIS_URL", default="")
+DATABASE_URL = env.str("DATABASE_URL", default="")
+
+# Libraries load the driver of every store that they know: 17 MB in each process, for stores that this installation does not use.
+BONSAI_UNUSED_DRIVERS = [driver for driver, used in (("redis", REDIS_URL), ("psycopg", DATABASE_URL)) if not used]
+with absent(*BONSAI_UNUSED_DRIVERS):
+    from jobs.serializer import JsonSerializer
+
 BASE_DIR = Path(__file__).resolve().parent.parent
 
 
@@ -137,7 +145,7 @@ _SQLITE: dict[str, Any] = {
     # A file, because the tests use several threads; its own for each process, because several people may test at once.
     "TEST": {"NAME": Path(tempfile.gettempdir()) / f"bonsai-test-{os.getpid()}.sqlite3"},
 }
-DATABASES = {"default": env.db_url("DATABASE_URL") if env.str("DATABASE_URL", default="") else _SQLITE}
+DATABASES = {"default": env.db_url("DATABASE_URL") if DATABASE_URL else _SQLITE}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # `immediate` is set by hand: huey's default follows DEBUG and would train inside a web request.
@@ -149,7 +157,6 @@ HUEY: dict[str, Any] = {
     "serializer": JsonSerializer(),
     "consumer": {"worker_type": "thread", "initial_delay": 0.5, "backoff": 1.15, "max_delay": 2.0},
 }
-REDIS_URL = env.str("REDIS_URL", default="")
 if REDIS_URL:
     HUEY |= {"huey_class": "huey.RedisHuey", "url": REDIS_URL}
 else:

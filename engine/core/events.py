@@ -37,6 +37,7 @@ Kind = Literal[
 LOG_NAME = "events.jsonl"
 _ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal"})
 _SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child"})
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,11 @@ class Event:
 
     def line(self) -> bytes:
         body = {"seq": self.seq, "time": self.time, "kind": self.kind, "step": self.step, "data": self.data}
-        return json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        try:
+            text = _encode(body)
+        except ValueError:  # a number that is not finite; looking for one beforehand would cost as much as writing
+            text = _encode({**body, "data": finite(self.data)})
+        return text.encode() + b"\n"
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
@@ -112,8 +117,12 @@ class EventLog:
         self._last_flush = time.monotonic()
 
     def sync(self) -> None:
-        """Flush and wait until the log is on the disk; called before every checkpoint."""
+        """Flush and wait until the log is on the disk."""
         self.flush()
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all that was flushed is on the disk; any thread may call it. A checkpoint gets its name only afterwards."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -121,7 +130,7 @@ class EventLog:
         self._file.close()
 
     def _append(self, kind: str, data: dict[str, Any], step: int) -> None:
-        event = Event(self.seq + 1, round(time.time(), 3), kind, step, finite(data))
+        event = Event(self.seq + 1, round(time.time(), 3), kind, step, data)
         self._file.write(event.line())
         self._file.flush()
         if kind in _SYNCED:

@@ -29,6 +29,8 @@ class ModelFacts:
     has_chat_template: bool
     tensors: dict[str, tuple[int, ...]] = field(repr=False)
     linears: dict[str, tuple[int, int]] = field(repr=False)  # module name -> (out, in)
+    num_heads: int = 0
+    dropout: float = 0.0  # the largest share that some layer drops at random while learning
 
     @property
     def a_kind(self) -> str:

@@ -81,6 +81,17 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a method lets the model write while it learns, for the estimate."""
+
+    attempts: int  # answers to each example
+    at_once: int  # answers that are written together at most
+    tokens: int  # of one answer, at most
+    rows: int = 0  # answers of a micro-batch; 0: as many as the recipe's batch size
+    reference: bool = False  # whether a second, untouched model judges them
+
+
+@dataclass(frozen=True, kw_only=True)
 class Suggestion:
     """Advice for one setting, with its reason. `where` is "settings.learning_rate" or "methods[i].params.r"."""
 
@@ -191,9 +202,19 @@ class TrainMethod(Method):
     def backward_share(cls, params: Any, facts: Facts) -> float:
         """How much of the model's work and memory for going backward this parametrization needs, for the estimate. Default: all of it, 1.
 
-        Backward runs through every layer above the lowest thing that learns; a method that learns beside the model, or only near its top, needs less.
+        Backward runs through every block above the lowest claimed tensor, which the estimate sees by itself; a method that learns beside the model needs less.
         """
         return 1.0
+
+    @classmethod
+    def input_share(cls, params: Any, facts: Facts) -> float:
+        """How much of the inputs of the claimed matrices is remembered for going backward, for the estimate. Default: all of it, 1."""
+        return 1.0
+
+    @classmethod
+    def written(cls, params: Any) -> Written | None:
+        """What the model writes while it learns. Default: nothing."""
+        return None
 
     def parts(self, ctx: Any) -> Sequence[Any]:
         """Build the parts, one for each slot in `slots`, in that order. `ctx` is an engine.train.parts.PartContext."""

@@ -7,7 +7,7 @@ import json
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engine.core.errors import Fault, RecipeError
 from engine.core.params import HyperParams, dial, faults_of
@@ -117,10 +117,23 @@ class TrainSettings(HyperParams):
         suggested="bf16 where the hardware computes it quickly, fp32 elsewhere.",
         help="bf16 halves the memory for the frozen weights and activations and is quicker; what learns is always kept in fp32.",
     )
-    gradient_checkpointing: bool = dial(
-        False,
+    gradient_checkpointing: Literal["auto", "on", "off"] = dial(
+        "auto",
         label="Recompute instead of remember",
-        help="Saves memory by computing activations twice; about a fifth slower.",
+        suggested="Only where the run would not fit into memory otherwise.",
+        help="Saves memory by computing activations twice; about a fifth slower. auto does so only when the run would not fit otherwise.",
+    )
+    activation_offload: Literal["auto", "on", "off"] = dial(
+        "auto",
+        label="Park activations in main memory",
+        suggested="Only on a GPU, where recomputing alone is not enough.",
+        help="Keeps what the backward pass needs in the memory of the computer instead of the GPU's: slower, but longer texts fit.",
+    )
+    frozen_cache: Literal["auto", "on", "off"] = dial(
+        "auto",
+        label="Remember the frozen part",
+        help="Where nothing learns in the lower blocks of the model, they run once for each text and their answer is read from the disk afterwards. "
+        "auto does so where it changes nothing and pays; on also leaves out what these blocks would drop at random while learning.",
     )
     packing: bool = dial(
         True,
@@ -160,6 +173,12 @@ class TrainSettings(HyperParams):
         high=2**31 - 1,
         help="The same seed gives the same run, bit for bit on a CPU.",
     )
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        """Older recipes say true or false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class Recipe(Frozen):

@@ -89,8 +89,18 @@ def _model_facts(source: str, path: str, task: str | None, stamp: tuple[Any, ...
         hidden_size=int(getattr(text, "hidden_size", 0) or 0), vocab_size=int(getattr(text, "vocab_size", 0) or 0),
         max_positions=max_positions(text, skeleton), dtype=max(sizes, key=lambda name: sizes[name], default="F32"),
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), has_chat_template=_has_chat_template(folder),
-        tensors=tensors, linears=linears,
+        tensors=tensors, linears=linears, num_heads=int(getattr(text, "num_attention_heads", 0) or 0), dropout=_dropout(text),
     )  # fmt: skip
+
+
+def _dropout(config: Any) -> float:
+    """Families spell it hidden_dropout_prob, attention_dropout, resid_pdrop …; what a new head drops does not count."""
+    shares = (
+        value
+        for name, value in config.to_dict().items()
+        if ("drop" in name or "pdrop" in name) and "classifier" not in name and isinstance(value, float)
+    )
+    return max(shares, default=0.0)
 
 
 def _check_config(folder: Path) -> None:

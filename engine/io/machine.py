@@ -52,12 +52,23 @@ def _gpu() -> tuple[str, int, int]:
         return str(seen.name), int(seen.total_memory), int(seen.major)
 
 
+def free_memory() -> int:
+    """Main memory, in bytes, that can still be had: the machine's, or less where a control group says so."""
+    free, limit, used = int(psutil.virtual_memory().available), _group("memory.max"), _group("memory.current")
+    return free if limit is None or used is None else max(0, min(free, limit - used))
+
+
 def _memory() -> int:
     """Memory that this process may use: the machine's, or less where a control group says so."""
-    total = int(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
-    return min(total, int(text)) if text.isdigit() else total
+    total, limit = int(psutil.virtual_memory().total), _group("memory.max")
+    return total if limit is None else min(total, limit)
+
+
+def _group(name: str) -> int | None:
+    """A number of this process's control group; None where there is no group, or no limit."""
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+    return int(text) if text.isdigit() else None
 
 
 @functools.cache

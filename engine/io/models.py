@@ -16,6 +16,7 @@ from engine.core.facts import ModelFacts
 from engine.io.sources import is_complete, locate_model, model_fault
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_pad_ids: dict[tuple[Path, int], int] = {}  # of the tokenizers that this process has loaded: (folder, its time) -> id
 
 
 def model_folder(facts: ModelFacts) -> Path:
@@ -75,7 +76,14 @@ def load_tokenizer(folder: Path) -> Any:
                           "bad_tokenizer") from error  # fmt: skip
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    _pad_ids[folder, folder.stat().st_mtime_ns] = tokenizer.pad_token_id
     return tokenizer
+
+
+def pad_token_id(folder: Path) -> int:
+    """The pad token of the folder's tokenizer, which is loaded only when it was not loaded before."""
+    known = _pad_ids.get((folder, folder.stat().st_mtime_ns))
+    return int(load_tokenizer(folder).pad_token_id) if known is None else known
 
 
 def base_of(model: nn.Module) -> nn.Module:

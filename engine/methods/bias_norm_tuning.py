@@ -15,12 +15,15 @@ from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.adapters import FRESH_PREFIX, base_name, fresh_tensors, load_fresh
+from engine.parts.targets import above, top_blocks_dial
 from engine.parts.vectors import VectorParts, vectors
 from engine.train.parts import Parametrization, PartContext, Payload
 
 
 class Vectors(Parametrization):
     """Named vectors of the model learn in place; nothing is added to it."""
+
+    spares_frozen_blocks = True
 
     def __init__(self, ctx: PartContext, names: list[str]) -> None:
         self.ctx, self.names = ctx, names
@@ -114,6 +117,8 @@ class BiasNormTuning(TrainMethod):
             help="Both kinds of small numbers, the norms (how loud each channel is), or the biases (what is added after a layer).",
         )
 
+        top_blocks: int | None = top_blocks_dial()
+
     @classmethod
     def supports(cls, facts: Facts) -> Verdict:
         if vectors(facts.model.tensors, "both"):
@@ -126,7 +131,7 @@ class BiasNormTuning(TrainMethod):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
-        if vectors(facts.model.tensors, params.parts):
+        if cls.claims(params, facts):
             return []
         other = "norms" if params.parts == "biases" else "biases"
         return [
@@ -141,7 +146,7 @@ class BiasNormTuning(TrainMethod):
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
-        return frozenset(vectors(facts.model.tensors, params.parts))
+        return frozenset(above(vectors(facts.model.tensors, params.parts), facts.model, params.top_blocks))
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
@@ -156,4 +161,5 @@ class BiasNormTuning(TrainMethod):
         ]
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
-        return [Vectors(ctx, vectors(ctx.facts.model.tensors, self.params.parts))]
+        model, p = ctx.facts.model, self.params
+        return [Vectors(ctx, above(vectors(model.tensors, p.parts), model, p.top_blocks))]

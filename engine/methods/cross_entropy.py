@@ -20,6 +20,8 @@ from engine.train.parts import Loss, Objective, PartContext
 class LikelyAnswer(Objective):
     """The sum of -log p(right answer) over the supervised places of a micro-batch, in fp32."""
 
+    spares_frozen_blocks = True
+
     def __init__(self, task: Task, label_smoothing: float) -> None:
         self.task, self.label_smoothing = task, label_smoothing
 

@@ -9,20 +9,29 @@ from torch import nn
 
 from engine.core.facts import Facts
 from engine.core.method import Card, Cost, Suggestion, TrainMethod
+from engine.core.params import HyperParams
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.optimizers import full_rate
+from engine.parts.targets import above, top_blocks_dial
 from engine.train.parts import Parametrization, PartContext
 
 
 class EveryWeight(Parametrization):
-    """All parameters learn, in fp32; weights that are tied learn once."""
+    """All parameters learn, in fp32, or those of them that `names` holds; weights that are tied learn once."""
+
+    spares_frozen_blocks = True
+
+    def __init__(self, names: frozenset[str] | None = None) -> None:
+        self.names = names
 
     def attach(self, model: nn.Module) -> None:
         """Nothing is added to the model."""
 
     def trainables(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        return dict(model.named_parameters())
+        return {
+            name: parameter for name, parameter in model.named_parameters() if self.names is None or name in self.names
+        }
 
     def merge(self, model: nn.Module) -> bool:
         return True
@@ -56,13 +65,18 @@ class FullFinetuning(TrainMethod):
     slots = (Slot.PARAMETRIZATION,)
     cannot = {"adapter": "Every weight changes, so the complete model is the only form of the result."}
 
+    class Params(HyperParams):
+        """Hyperparameters of full fine-tuning."""
+
+        top_blocks: int | None = top_blocks_dial(low=0)
+
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
-        return frozenset(facts.model.tensors)
+        return frozenset(above(facts.model.tensors, facts.model, params.top_blocks))
 
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
-        return facts.model.num_parameters
+        return facts.model.num_parameters if params.top_blocks is None else super().num_trainable(params, facts)
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
@@ -84,4 +98,5 @@ class FullFinetuning(TrainMethod):
         ]
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
-        return [EveryWeight()]
+        every = self.params.top_blocks is None
+        return [EveryWeight(None if every else self.claims(self.params, ctx.facts))]

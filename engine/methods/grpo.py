@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.core.errors import Fault
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, Needs, Suggestion, TrainMethod
+from engine.core.method import Card, Cost, Figure, Needs, Suggestion, TrainMethod, Written
 from engine.core.recipe import Recipe
 from engine.core.slots import Phase, Slot
 from engine.parts.policy_gradient import PolicyGradient
@@ -75,6 +75,11 @@ class GRPO(TrainMethod):
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         return rollout_faults(params, facts)
+
+    @classmethod
+    def written(cls, params: Any) -> Written:
+        found: Written = params.written()
+        return found
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:

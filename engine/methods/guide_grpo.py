@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.core.errors import Fault, bad_input
 from engine.core.facts import Facts
-from engine.core.method import Card, Cost, Figure, Needs, Suggestion, TrainMethod, Verdict
+from engine.core.method import Card, Cost, Figure, Needs, Suggestion, TrainMethod, Verdict, Written
 from engine.core.params import dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Phase, Slot
@@ -252,6 +252,11 @@ class GuideGRPO(TrainMethod):
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
         return rollout_faults(params, facts)
+
+    @classmethod
+    def written(cls, params: Any) -> Written:
+        found: Written = params.written()
+        return found
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:

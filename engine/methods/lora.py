@@ -12,7 +12,7 @@ from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.lowrank import FROM_WEIGHTS, Init, LowRank
-from engine.parts.targets import ALL, TARGETS_HELP, linear_verdict, rank_faults, target_faults, targets
+from engine.parts.targets import ALL, TARGETS_HELP, linear_verdict, rank_faults, target_faults, targets, top_blocks_dial
 from engine.train.parts import PartContext
 
 
@@ -94,6 +94,7 @@ class LoRA(TrainMethod):
             help="This share of the inputs of the addition is left out at random while learning, against memorising.",
         )
         targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper="attention")
+        top_blocks: int | None = top_blocks_dial()
         init: Init = dial(
             "default",
             label="Starting point",
@@ -119,8 +120,8 @@ class LoRA(TrainMethod):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
-        faults = target_faults(params.targets, facts.model)
-        limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model).items()]
+        faults = target_faults(params.targets, facts.model, top_blocks=params.top_blocks)
+        limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model, params.top_blocks).items()]
         faults += rank_faults(params.r, limits, noun="independent directions")
         if params.use_dora and params.init in FROM_WEIGHTS:
             faults.append(
@@ -136,11 +137,11 @@ class LoRA(TrainMethod):
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
-        return frozenset(f"{name}.weight" for name in targets(params.targets, facts.model))
+        return frozenset(f"{name}.weight" for name in targets(params.targets, facts.model, params.top_blocks))
 
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
-        shapes = targets(params.targets, facts.model).values()
+        shapes = targets(params.targets, facts.model, params.top_blocks).values()
         return sum(params.r * (out + into) + (out if params.use_dora else 0) for out, into in shapes)
 
     @classmethod
@@ -161,7 +162,7 @@ class LoRA(TrainMethod):
         return [
             LowRank(
                 ctx,
-                list(targets(p.targets, ctx.facts.model)),
+                list(targets(p.targets, ctx.facts.model, p.top_blocks)),
                 r=p.r,
                 alpha=p.alpha,
                 dropout=p.dropout,

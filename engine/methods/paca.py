@@ -16,7 +16,17 @@ from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.adapters import FRESH_PREFIX, PEFT_PREFIX, fresh_tensors, load_fresh, lora_config
 from engine.parts.columns import ColumnLinear, columns_by_norm, draw_columns
-from engine.parts.targets import ALL, TARGETS_HELP, linear, linear_verdict, rank_faults, replace, target_faults, targets
+from engine.parts.targets import (
+    ALL,
+    TARGETS_HELP,
+    linear,
+    linear_verdict,
+    rank_faults,
+    replace,
+    target_faults,
+    targets,
+    top_blocks_dial,
+)
 from engine.train.parts import Parametrization, PartContext, Payload
 
 Choice = Literal["random", "largest", "smallest"]
@@ -24,6 +34,8 @@ Choice = Literal["random", "largest", "smallest"]
 
 class Columns(Parametrization):
     """The columns `index` of every target layer learn; each layer draws its own, so q, k and v of one block differ."""
+
+    spares_frozen_blocks = True
 
     def __init__(self, ctx: PartContext, layers: list[str], *, r: int, alpha: float, choose: Choice) -> None:
         self.ctx, self.layers, self.r, self.alpha, self.choose = ctx, layers, r, alpha, choose
@@ -187,6 +199,7 @@ class PaCA(TrainMethod):
             help="Multiplies every step of the columns, divided by their number. Equal to the columns means: no change.",
         )
         targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper=ALL)
+        top_blocks: int | None = top_blocks_dial()
         choose: Choice = dial(
             "random",
             label="Which columns",
@@ -201,16 +214,24 @@ class PaCA(TrainMethod):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
-        limits = [(name, into) for name, (_, into) in targets(params.targets, facts.model).items()]
-        return target_faults(params.targets, facts.model) + rank_faults(params.r, limits, noun="columns")
+        limits = [(name, into) for name, (_, into) in targets(params.targets, facts.model, params.top_blocks).items()]
+        return target_faults(params.targets, facts.model, top_blocks=params.top_blocks) + rank_faults(
+            params.r, limits, noun="columns"
+        )
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
-        return frozenset(f"{name}.weight" for name in targets(params.targets, facts.model))
+        return frozenset(f"{name}.weight" for name in targets(params.targets, facts.model, params.top_blocks))
 
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
-        return sum(params.r * out for out, _ in targets(params.targets, facts.model).values())
+        return sum(params.r * out for out, _ in targets(params.targets, facts.model, params.top_blocks).values())
+
+    @classmethod
+    def input_share(cls, params: Any, facts: Facts) -> float:
+        """Only the inputs of the chosen columns."""
+        shapes = targets(params.targets, facts.model, params.top_blocks).values()
+        return len(shapes) * params.r / max(1, sum(into for _, into in shapes))
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
@@ -231,4 +252,6 @@ class PaCA(TrainMethod):
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params
-        return [Columns(ctx, list(targets(p.targets, ctx.facts.model)), r=p.r, alpha=p.alpha, choose=p.choose)]
+        return [
+            Columns(ctx, list(targets(p.targets, ctx.facts.model, p.top_blocks)), r=p.r, alpha=p.alpha, choose=p.choose)
+        ]

@@ -12,7 +12,7 @@ from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.slots import Slot
 from engine.parts.masked import MaskedTuning, num_masked
-from engine.parts.targets import ALL, TARGETS_HELP, linear_verdict, rank_faults, target_faults, targets
+from engine.parts.targets import ALL, TARGETS_HELP, linear_verdict, rank_faults, target_faults, targets, top_blocks_dial
 from engine.train.parts import PartContext
 
 
@@ -93,6 +93,7 @@ class ScaleLoRA(TrainMethod):
             help="For the start 'equal' only: how far the entries differ from each other at first. Zero is the published start, which uses one direction.",
         )
         targets: str = dial(ALL, label="Layers", help=TARGETS_HELP, paper=ALL)
+        top_blocks: int | None = top_blocks_dial()
 
     @classmethod
     def supports(cls, facts: Facts) -> Verdict:
@@ -101,16 +102,18 @@ class ScaleLoRA(TrainMethod):
 
     @classmethod
     def check(cls, params: Any, facts: Facts) -> list[Fault]:
-        limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model).items()]
-        return target_faults(params.targets, facts.model) + rank_faults(params.r, limits, noun="independent directions")
+        limits = [(name, min(shape)) for name, shape in targets(params.targets, facts.model, params.top_blocks).items()]
+        return target_faults(params.targets, facts.model, top_blocks=params.top_blocks) + rank_faults(
+            params.r, limits, noun="independent directions"
+        )
 
     @classmethod
     def claims(cls, params: Any, facts: Facts) -> frozenset[str]:
-        return frozenset(f"{name}.weight" for name in targets(params.targets, facts.model))
+        return frozenset(f"{name}.weight" for name in targets(params.targets, facts.model, params.top_blocks))
 
     @classmethod
     def num_trainable(cls, params: Any, facts: Facts) -> int:
-        return num_masked(targets(params.targets, facts.model), params.r)
+        return num_masked(targets(params.targets, facts.model, params.top_blocks), params.r)
 
     @classmethod
     def suggest(cls, recipe: Recipe, params: Any, facts: Facts) -> list[Suggestion]:
@@ -126,5 +129,5 @@ class ScaleLoRA(TrainMethod):
 
     def parts(self, ctx: PartContext) -> Sequence[Any]:
         p = self.params
-        layers = list(targets(p.targets, ctx.facts.model))
+        layers = list(targets(p.targets, ctx.facts.model, p.top_blocks))
         return [MaskedTuning(ctx, layers, r=p.r, kind="scale", scale=1.0, start=p.start, noise=p.noise)]

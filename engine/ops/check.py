@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import ceil
 from typing import Any
 
 from engine.core.compose import compose, fit_faults, resolve
@@ -16,6 +15,7 @@ from engine.core.registry import catalogue
 from engine.core.slots import Slot
 from engine.io.datasets import dataset_faults
 from engine.io.facts import data_facts, machine_facts, model_facts
+from engine.ops.estimate import choose_memory, estimate
 from engine.tasks import task as task_named
 from engine.tasks.base import Task
 
@@ -85,6 +85,9 @@ def check_training(recipe: Recipe) -> Checked:
         checked.recipe, checked.suggestions = resolve(recipe, composition, facts)
         checked.composition, faults_after = compose(checked.recipe)
         faults += faults_after + fit_faults(checked.composition, facts)
+        checked.recipe, advice = choose_memory(checked.recipe, checked.composition, facts)
+        checked.suggestions += advice
+        faults += _offload_faults(checked.recipe, facts)
         checked.estimate = estimate(checked.recipe, checked.composition, facts)
         faults += _memory_faults(checked.estimate, facts)
     return checked
@@ -188,50 +191,6 @@ def require(recipe: Recipe) -> Checked:
     return checked
 
 
-def estimate(recipe: Recipe, composition: Composition, facts: Facts) -> dict[str, Any]:
-    """Memory, steps and time from the shapes alone; times are a span because machines differ.
-
-    Floating-point work per token is 2N forward, 2N for the gradient of activations and 2T for the gradient of what learns. The second part, and what
-    is remembered for it, shrinks to the share that the most demanding parametrization needs.
-    """
-    settings, model, data = recipe.settings, facts.model, facts.data
-    learners = composition.in_slot(Slot.PARAMETRIZATION)
-    trainable = sum(c.method.num_trainable(c.params, facts) for c in learners)
-    backward = max((c.method.backward_share(c.params, facts) for c in learners), default=1.0)
-    examples = max(1, int(data.num_rows * (1 - settings.holdout)))
-    batch = (settings.batch_size or 1) * settings.accumulate
-    steps = ceil((settings.epochs or 1) * ceil(examples / batch))
-    steps = min(steps, settings.max_steps or steps)
-    length = min(settings.max_length or 128, max(8, data.mean_chars / 3.5 + 4))
-    tokens = steps * batch * length
-    dense = sum(out * into for out, into in model.linears.values()) or model.num_parameters
-    flops = tokens * (2 * dense + 2 * backward * dense + 2 * min(trainable, dense))
-    half = settings.precision == "bf16"
-    speed = (4e13 if facts.machine.device == "cuda" else 2.2e10 * facts.machine.num_threads) * (1.5 if half else 1.0)
-    seconds = flops / speed + (12 if facts.machine.device == "cpu" else 20)
-    wide = (settings.max_length or 128) * (settings.batch_size or 1)
-    activations = (
-        wide
-        * model.hidden_size
-        * max(1, model.num_layers)
-        * (6 if settings.gradient_checkpointing else 34)
-        * (2 if half else 4)
-        * backward
-    )
-    logits = wide * model.vocab_size * 8 if model.kind != "encoder" else 0
-    memory = model.num_parameters * (2 if half else 4) + trainable * 16 + activations + logits + 400_000_000
-    return {
-        "memory_bytes": int(memory),
-        "seconds": round(seconds, 1),
-        "seconds_low": round(seconds * 0.5, 1),
-        "seconds_high": round(seconds * 2.5, 1),
-        "num_trainable": int(trainable),
-        "total_steps": steps,
-        "device": facts.machine.device,
-        "device_name": facts.machine.device_name,
-    }
-
-
 def _verdicts(facts: Facts) -> dict[str, dict[str, Any]]:
     """What every method of the catalogue says to these facts."""
     said = {slug: method.supports(facts) for slug, method in catalogue().items()}
@@ -250,6 +209,34 @@ def _kind_faults(model: ModelFacts, task: Task, where: str) -> list[Fault]:
             way_out="Choose another model, or another goal.",
         )
     ]
+
+
+def _offload_faults(recipe: Recipe, facts: Facts) -> list[Fault]:
+    settings = recipe.settings
+    if settings.activation_offload != "on":
+        return []
+    where = "settings.activation_offload"
+    if facts.machine.device != "cuda":
+        return [
+            Fault(
+                where=where,
+                code="no_other_memory",
+                what="Activations cannot be parked in main memory here.",
+                why=f"{facts.machine.device_name} computes in main memory already.",
+                way_out="Leave it to the studio (auto), or switch it off.",
+            )
+        ]
+    if settings.gradient_checkpointing != "on":
+        return [
+            Fault(
+                where=where,
+                code="needs_recomputing",
+                what="Activations can be parked in main memory only where they are recomputed.",
+                why="Then one state a block is parked, not everything that the block computed.",
+                way_out="Switch 'Recompute instead of remember' on, or leave both to the studio (auto).",
+            )
+        ]
+    return []
 
 
 def _memory_faults(guess: dict[str, Any], facts: Facts) -> list[Fault]:

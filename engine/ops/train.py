@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -23,6 +23,7 @@ from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
 from engine.train.export import build_slots, export
+from engine.train.frozen import bottom_of
 from engine.train.loop import train
 from engine.train.parts import DataPolicy, seeded
 from engine.train.run import Ending, Run, attach_parts, restore_structure, seed_everything
@@ -97,8 +98,6 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
         trainables.arrange(snapshot.values["names"])
     if settings.precision == "bf16":
         halve_frozen(model)
-    if settings.gradient_checkpointing:
-        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
     for part in slots.parametrizations:
         part.sync(model)
     optimizer = slots.optimizer.build(trainables, settings.learning_rate or 0.0)
@@ -121,7 +120,31 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     )
     if snapshot is not None:
         run.restore(snapshot)
+    if settings.gradient_checkpointing == "on":
+        recompute(run, offload=settings.activation_offload == "on")
     return run
+
+
+def recompute(run: Run, *, offload: bool) -> None:
+    """Let every block forget what it computed and compute it again on the way back; offload: what it was asked waits in main memory.
+
+    The library also makes the embeddings' output require a gradient, which only its older way of recomputing needs: autograd would then follow every
+    block below the lowest thing that learns. Those blocks remember nothing as they are; recomputed, they would keep what they were asked.
+    """
+    model: Any = run.model
+    if not model.supports_gradient_checkpointing:
+        raise bad_input(
+            "settings.gradient_checkpointing",
+            "This model cannot recompute its activations.",
+            f"The library has no such form of {type(model).__name__}.",
+            "Switch 'Recompute instead of remember' off, and choose fewer examples at a time where memory is short.",
+            "cannot_recompute",
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    model.disable_input_require_grads()
+    bottom = bottom_of(model, run.encoded.train[0].token_rows()[0], run.autocast)
+    for block in list(bottom.stack)[: bottom.blocks] if bottom is not None else ():
+        setattr(block, "gradient_checkpointing", False)  # noqa: B010
 
 
 def _refuse_other_recipe(snapshot: Snapshot, recipe: Recipe) -> None:

@@ -38,21 +38,60 @@ def hadamard_matrix(exponent: int, dtype: torch.dtype, device: torch.device) -> 
         return matrix.to(device)
 
 
+def _digits(exponent: int) -> list[int]:
+    """The index of a vector of length 2^exponent cut into digits of at most _FACTOR bits each, from the highest to the lowest."""
+    passes = max(1, -(-exponent // _FACTOR))
+    return [exponent // passes + (turn < exponent % passes) for turn in range(passes)][::-1]
+
+
+def _pass(x: Tensor, digit: int, inner: int) -> Tensor:
+    """H_f on the digit of f = 2^digit values below which `inner` places lie: as a Kronecker product, H_L is one such pass for every digit."""
+    matrix = hadamard_matrix(digit, x.dtype, x.device)  # [f, f]
+    return (x.view(-1, 1 << digit) @ matrix if inner == 1 else matrix @ x.view(-1, 1 << digit, inner)).view(-1)
+
+
 def _transform(x: Tensor) -> Tensor:
     """H x along a vector of length 2^k, without autograd. Autocast is off: half precision would overflow or round here."""
     exponent = x.numel().bit_length() - 1
     if x.numel() != 1 << exponent:
         raise ValueError(f"The Walsh-Hadamard transform needs a power of two numbers, not {x.numel():,}.")
-    passes = max(1, -(-exponent // _FACTOR))
     inner = 1
     with torch.autocast(x.device.type, enabled=False):
-        for turn in range(passes):
-            step = exponent // passes + (turn < exponent % passes)
-            matrix = hadamard_matrix(step, x.dtype, x.device)  # [f, f]
-            # Kronecker: H_L = H_f' x … x H_f; each factor mixes one digit of the index and leaves the others alone.
-            x = x.view(-1, 1 << step) @ matrix if inner == 1 else matrix @ x.view(-1, 1 << step, inner)
-            inner <<= step
-    return x.reshape(-1)
+        for digit in reversed(_digits(exponent)):
+            x = _pass(x, digit, inner)
+            inner <<= digit
+    return x
+
+
+def _transform_to(x: Tensor, n: int, base: Tensor | None) -> Tensor:
+    """base + the first n numbers of H x, x [L]: the pass over the highest digit comes first and makes only what is asked for."""
+    with torch.autocast(x.device.type, enabled=False):
+        top, *rest = _digits(x.numel().bit_length() - 1)
+        inner = x.numel() >> top
+        rows = -(-n // inner)
+        x = (hadamard_matrix(top, x.dtype, x.device)[:rows] @ x.view(1 << top, inner)).view(-1)
+        for digit in rest[:-1]:
+            inner >>= digit
+            x = _pass(x, digit, inner)
+        if rest and base is not None and base.numel() == x.numel():  # the last pass adds its base on the way
+            last = hadamard_matrix(rest[-1], x.dtype, x.device)
+            return torch.addmm(base.reshape(-1, 1 << rest[-1]), x.view(-1, 1 << rest[-1]), last).view(-1)
+        x = (_pass(x, rest[-1], 1) if rest else x)[:n]
+        return x if base is None else x + base.reshape(-1)
+
+
+def _transform_from(x: Tensor, length: int) -> Tensor:
+    """H y for y = x [n] followed by zeros up to `length`: the pass over the highest digit comes last, so the zeros are never seen."""
+    with torch.autocast(x.device.type, enabled=False):
+        top, *rest = _digits(length.bit_length() - 1)
+        step, inner = length >> top, 1
+        rows = -(-x.numel() // step)
+        if rows * step != x.numel():
+            x = torch.cat([x, x.new_zeros(rows * step - x.numel())])
+        for digit in reversed(rest):
+            x = _pass(x, digit, inner)
+            inner <<= digit
+        return (hadamard_matrix(top, x.dtype, x.device)[:, :rows] @ x.view(rows, step)).view(-1)
 
 
 class _WalshHadamard(torch.autograd.Function):
@@ -82,8 +121,8 @@ class Projection(Protocol):
     n: int
     d: int
 
-    def forward(self, z: Tensor) -> Tensor:
-        """P z: [d] → [n], without autograd."""
+    def forward(self, z: Tensor, base: Tensor | None = None) -> Tensor:
+        """P z, or base + P z for a base of n numbers: [d] → [n], without autograd."""
 
     def adjoint(self, g: Tensor) -> Tensor:
         """P^T g: [n] → [d], without autograd."""
@@ -119,17 +158,15 @@ class Fastfood:
         self.back[order] = torch.arange(length, dtype=torch.int32)
         self.scale = 1.0 / sqrt(n * float(self.gauss.double().square().sum()))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, base: Tensor | None = None) -> Tensor:
         w = z.new_zeros(self.short)
         w[: self.d] = z * self.signs.to(z.dtype)
         w = _transform(w) * self.scale  # [K]
-        u = w.index_select(0, self.place) * self.gauss.to(z.dtype)  # [L]
-        return _transform(u)[: self.n]
+        u = w.index_select(0, self.place).mul_(self.gauss.to(z.dtype))  # [L]
+        return _transform_to(u, self.n, base)
 
     def adjoint(self, g: Tensor) -> Tensor:
-        padded = g.new_zeros(self.length)
-        padded[: self.n] = g
-        v = _transform(padded) * self.gauss.to(g.dtype)  # [L]
+        v = _transform_from(g, self.length).mul_(self.gauss.to(g.dtype))  # [L]
         w = v.index_select(0, self.back).view(-1, self.short).sum(0)  # [K]
         return _transform(w * self.scale)[: self.d] * self.signs.to(g.dtype)
 
@@ -153,9 +190,10 @@ class Dense:
         self.n, self.d = n, d
         self.matrix = torch.randn(n, d, generator=generator) * spread  # [n, d]
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, base: Tensor | None = None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            return self.matrix.to(z.dtype) @ z
+            moved = self.matrix.to(z.dtype) @ z
+            return moved if base is None else moved + base.reshape(-1)
 
     def adjoint(self, g: Tensor) -> Tensor:
         with torch.autocast(g.device.type, enabled=False):
@@ -183,16 +221,16 @@ def _hash(*tensors: Tensor) -> str:
 
 
 class _Project(torch.autograd.Function):
-    """y = P z; dz = P^T dy. Nothing is remembered for backward."""
+    """y = base + P z; dz = P^T dy. Nothing is remembered for backward."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, projection: Projection) -> Tensor:
+    def forward(ctx: Any, z: Tensor, projection: Projection, base: Tensor | None) -> Tensor:
         ctx.projection = projection
-        return projection.forward(z)
+        return projection.forward(z, base)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return project_back(grads[0], ctx.projection), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return project_back(grads[0], ctx.projection), None, None
 
 
 class _ProjectBack(torch.autograd.Function):
@@ -209,24 +247,27 @@ class _ProjectBack(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """y = s P z for a learned number s; remembers z and s, never the long P z, because <dy, P z> = <P^T dy, z>."""
+    """y = base + P (s z) for a learned number s; remembers z and s, never the long P z, because <dy, P z> = <P^T dy, z>."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, scale: Tensor, projection: Projection) -> Tensor:
+    def forward(ctx: Any, z: Tensor, scale: Tensor, projection: Projection, base: Tensor | None) -> Tensor:
         ctx.projection = projection
         ctx.save_for_backward(z, scale)
-        return projection.forward(z) * scale
+        return projection.forward(z * scale, base)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, scale = ctx.saved_tensors
         pulled = project_back(grads[0], ctx.projection)  # [d]
-        return pulled * scale, torch.dot(pulled, z), None
+        return pulled * scale, torch.dot(pulled, z), None, None
 
 
-def project(z: Tensor, projection: Projection, scale: Tensor | None = None) -> Tensor:
-    """P z, or s P z with a learned 0-d scale; differentiable as often as needed."""
-    result: Tensor = _Project.apply(z, projection) if scale is None else _Scaled.apply(z, scale, projection)
+def project(z: Tensor, projection: Projection, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
+    """base + s P z [n] with a learned 0-d scale s and a fixed base of n numbers, each where given; differentiable in z and s as often as needed."""
+    if scale is None:
+        result: Tensor = _Project.apply(z, projection, base)
+    else:
+        result = _Scaled.apply(z, scale, projection, base)
     return result
 
 

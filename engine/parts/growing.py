@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from engine.parts.lowrank_product import low_rank_product
 
 RESERVE = 1e-5  # e of a piece in reserve: enough for gradients, too little to be heard
 SPREAD = 0.02  # standard deviation of new a and b
@@ -34,6 +37,30 @@ class Pieces(nn.Module):
     def weights(self) -> Tensor:
         """e of every piece: learned, or the constant of the reserve."""
         return self.e if self.e is not None else self.a.new_full((len(self),), RESERVE)
+
+
+class Disorder(torch.autograd.Function):
+    """||A A^T - I||_F + ||B^T B - I||_F for A [k, in] and B [out, k]; d/dA = 2 (A A^T - I) A / ||A A^T - I||_F, and 0 where the norm is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return _off_identity(a)[1] + _off_identity(b.t())[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        (off_a, norm_a), (off_b, norm_b) = _off_identity(a), _off_identity(b.t())
+        tiny = torch.finfo(norm_a.dtype).tiny
+        return (off_a * (2 * grad / norm_a.clamp(min=tiny))) @ a, b @ (off_b * (2 * grad / norm_b.clamp(min=tiny)))
+
+
+def _off_identity(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """R R^T - I [k, k] and its Frobenius norm, for R [k, n]."""
+    gram = rows @ rows.t()
+    gram.diagonal().sub_(1.0)
+    return gram, torch.linalg.vector_norm(gram)
 
 
 class GrowingLinear(nn.Linear):
@@ -123,29 +150,22 @@ class GrowingLinear(nn.Linear):
     def delta(self, *, reserve: bool) -> Tensor:
         """What the pieces add to the weight: [out, in], fp32."""
         a, e, b = self.stacked(reserve=reserve)
-        return self.scale * ((b * e) @ a)
+        return (b * (self.scale * e)) @ a
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.linear(x, self.weight, self.bias)
         a, e, b = self.stacked(reserve=self.training)
-        inner = F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype), a)  # [..., k]
-        added = F.linear(inner * (self.scale * e), b)  # [..., out]
-        if self.listening and added.requires_grad:
-            seen = x.detach()
-            added.register_hook(lambda grad: self._hear(seen, grad))
-        return out + added.to(out.dtype)
+        return low_rank_product(x, self.weight, self.bias, a, b * e, self.scale, self._hear if self.listening else None)
 
     # ── the score ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _hear(self, x: Tensor, grad: Tensor) -> None:
-        """Backward hook: dL/dDelta = sum over places of grad x^T, added up over the micro-batches of a step, then sum |Delta * dL/dDelta| / sqrt(out * in).
+    @torch.no_grad()
+    def _hear(self, dense: Tensor) -> None:
+        """From the dL/dDelta [out, in] of one backward pass, added up over the micro-batches of a step: sum |Delta * dL/dDelta| / sqrt(out * in).
 
-        The absolute value stands inside the sum, so the dense [out, in] product cannot be avoided; it lives for the scored step only.
+        The absolute value stands inside the sum, so the dense product cannot be avoided; it lives for the scored step only.
         """
-        dense = grad.reshape(-1, self.out_features).float().t() @ x.reshape(-1, self.in_features).float()
-        self._heard = dense if self._heard is None else self._heard + dense
-        with torch.no_grad():
-            total = (self.delta(reserve=True) * self._heard).abs().sum()
+        self._heard = dense if self._heard is None else self._heard.add_(dense)
+        total = torch.linalg.vector_norm(self.delta(reserve=True).mul_(self._heard), ord=1)
         self.score = total / math.sqrt(self.out_features * self.in_features)
 
     def forget(self) -> None:
@@ -155,8 +175,8 @@ class GrowingLinear(nn.Linear):
     def disorder(self) -> Tensor:
         """||A A^T - I||_F + ||B^T B - I||_F over all pieces of the layer together, those in reserve too."""
         a, _, b = self.stacked(reserve=True)
-        eye = torch.eye(a.shape[0], device=a.device)
-        return torch.linalg.matrix_norm(a @ a.t() - eye) + torch.linalg.matrix_norm(b.t() @ b - eye)
+        found: Tensor = Disorder.apply(a, b)
+        return found
 
     # ── taking it home ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -19,6 +19,8 @@ FROM_WEIGHTS = frozenset({"pissa", "olora"})  # they start from a part of W and 
 class LowRank(Parametrization):
     """Matrices A [r, in] and B [out, r] beside each target layer, and with DoRA a magnitude [out]."""
 
+    spares_frozen_blocks = True
+
     def __init__(
         self,
         ctx: PartContext,
@@ -47,6 +49,8 @@ class LowRank(Parametrization):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
+        from engine.parts.lora_layer import quicken
+
         for name in self.layers:
             linear(model, name)
         config = LoraConfig(
@@ -69,6 +73,7 @@ class LowRank(Parametrization):
         for module in model.modules():
             if isinstance(module, LoraLayer):  # injecting a second adapter silences the first one; wake all
                 module.set_adapter(list(module.lora_A))
+                quicken(module)
         if self.init in FROM_WEIGHTS:
             self.start = {
                 name: (self._a(model, name).detach().clone(), self._b(model, name).detach().clone())

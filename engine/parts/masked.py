@@ -5,6 +5,7 @@ Both forms are one product y = x V^T with V = base + c * gate * (B A), all [out,
     multiplicative  base = 0, gate = W, c = 1
 V is made anew in the backward pass, so that nothing is remembered but the input of the layer, as for LoRA:
     dX = dY V,  G = c * gate * (dY^T X),  dB = G A^T,  dA = B^T G
+Where no gate holds anything back, the additive form is the product of `lowrank_product`, and neither V nor G is made.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from engine.core.errors import EngineError, Fault
 from engine.core.facts import ModelFacts
 from engine.parts.adapters import FRESH_PREFIX, base_name, fresh_tensors, load_fresh
+from engine.parts.lowrank_product import low_rank_product
 from engine.parts.pruning import mask_of, pack_bits, summary, unpack_bits
 from engine.parts.targets import linear, replace
 from engine.train.parts import Parametrization, PartContext, Payload, Remap, StepReport
@@ -53,14 +55,15 @@ class GatedProduct(torch.autograd.Function):
             dx = (flat @ effective(base, gate, a, b, ctx.scale).to(flat.dtype)).view(x.shape)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             dense = (flat.t() @ x.reshape(-1, x.shape[-1])).to(a.dtype)  # [out, in], alive for these lines only
-            dense = dense.mul_(ctx.scale) if gate is None else dense.mul_(ctx.scale).mul_(gate)
-            da, db = b.t() @ dense, dense @ a.t()
+            if gate is not None:
+                dense.mul_(gate)
+            da, db = (b * ctx.scale).t() @ dense, dense @ (a * ctx.scale).t()
         return dx, None, None, da, db, None
 
 
 def effective(base: Tensor | None, gate: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """base + scale * gate * (B A), fp32 [out, in]; without a gate every place learns."""
-    product = (b @ a).mul_(scale)
+    product = (b * scale) @ a  # the strength is multiplied into the thin matrix: wide passes are what costs
     if gate is not None:
         product.mul_(gate)
     return product if base is None else product.add_(base)
@@ -85,19 +88,26 @@ class MaskedLinear(nn.Linear):
         self.weight.requires_grad_(False)
         self.kind, self.scale, self.when = kind, scale, when
         self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", None, persistent=False)
+        self.hold_to(mask)
         self.train(plain.training)
+
+    def hold_to(self, mask: Tensor | None) -> None:
+        """Let only the places of this mask learn; one that holds nothing back is kept for the record and costs nothing."""
+        self.mask, self.free = mask, mask is None or bool(mask.all())
 
     def _product(self, *, masked: bool) -> tuple[Tensor | None, Tensor | None]:
         if self.kind == "scale":
             return None, self.weight
-        return self.weight, self.mask if masked else None
+        return self.weight, self.mask if masked and not self.free else None
 
     def forward(self, x: Tensor) -> Tensor:
+        base, gate = self._product(masked=self.when == "always" or not self.training)
+        if base is not None and gate is None:  # nothing is held back: W + c B A need not be made at all
+            return low_rank_product(x, base, self.bias, self.lora_A, self.lora_B, self.scale)
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        base, gate = self._product(masked=self.when == "always" or not self.training)
         out: Tensor = GatedProduct.apply(x, base, gate, self.lora_A, self.lora_B, self.scale)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
@@ -138,6 +148,8 @@ def start_factors(
 
 class MaskedTuning(Parametrization):
     """Sparsity-safe low-rank learning on named layers; `dense` names layers that were not pruned and learn everywhere."""
+
+    spares_frozen_blocks = True
 
     def __init__(
         self, ctx: PartContext, layers: list[str], *, r: int, kind: Kind, scale: float,
@@ -218,7 +230,7 @@ class MaskedTuning(Parametrization):
                             way_out="Use the pruned model that the file was made with.", code="other_mask",
                         )
                     )  # fmt: skip
-                layer.mask = mask
+                layer.hold_to(mask)
         load_fresh(model, payload.tensors, self.ctx.task.fresh(model), FRESH_PREFIX)
 
 

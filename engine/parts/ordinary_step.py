@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class OrdinaryStep(UpdateRule):
     """Loss and terms of every micro-batch → backward → norm → gradient rules → schedule → optimizer."""
 
+    spares_frozen_blocks = True
+
     def piece(
         self, run: Run, batch: dict[str, Tensor], *, whole: float, share: float, part: float
     ) -> tuple[Loss, Tensor]:

@@ -17,6 +17,8 @@ from engine.train.parts import Loss, Objective
 class PairObjective(Objective):
     """A loss of the log-probabilities of better and worse answers. `task` is engine.tasks.preference.Preference."""
 
+    spares_frozen_blocks = True
+
     def __init__(self, task: Task) -> None:
         self.task: Any = task
         self._seen: dict[str, float] = {}

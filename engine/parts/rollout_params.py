@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.core.errors import Fault
 from engine.core.facts import Facts
-from engine.core.method import Suggestion
+from engine.core.method import Suggestion, Written
 from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.parts.rollouts import RolloutPlan
@@ -127,6 +127,17 @@ class RolloutParams(HyperParams):
         suggested="As many as the examples at a time.",
         help="How many attempts are read at once while learning; it changes memory and speed, not what is learned.",
     )
+
+    def written(self) -> Written:
+        """What these attempts take, for the estimate."""
+        plan = self.plan()
+        return Written(
+            attempts=plan.k * plan.batches,
+            at_once=plan.at_a_time,
+            tokens=plan.max_new_tokens,
+            rows=plan.rows,
+            reference=plan.kl,
+        )
 
     def plan(self) -> RolloutPlan:
         """The plan that the rollouts follow."""

@@ -176,6 +176,8 @@ class SelfTuning(OrdinaryStep):
     A step of the loop is one training step; the steps of the hyperparameters that follow it happen inside the same update.
     """
 
+    spares_frozen_blocks = False  # its perturbations act in every layer
+
     def __init__(
         self,
         ctx: PartContext,

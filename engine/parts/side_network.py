@@ -41,6 +41,8 @@ USUAL = 8
 class SideNetwork(Parametrization):
     """The ladder beside a frozen model: cut out of it or drawn at random, trained, and taken home without it."""
 
+    spares_frozen_blocks = True
+
     def __init__(self, ctx: PartContext, params: Any) -> None:
         self.ctx, self.params = ctx, params
         self.k: int = params.k or usual_k(anatomy_of(ctx.facts.model))
@@ -137,6 +139,10 @@ class SideNetwork(Parametrization):
 
     def trainables(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {f"{NAME}.{name}": parameter for name, parameter in ladder_of(base_of(model)).named_parameters()}
+
+    def heard_blocks(self, model: nn.Module) -> Iterable[int]:
+        ladder = ladder_of(base_of(model))
+        return (*ladder.kept, ladder.num_layers - 1)
 
     def sync(self, model: nn.Module) -> None:
         """Once, when it is known what learns: nothing inside the frozen body may, because no gradient would ever reach it."""

@@ -245,7 +245,7 @@ class Subspace(Parametrization):
         scales = (None,) if self.scales is None else self.scales.unbind()
         if self._whole is None:
             return [
-                weight.base + project(self.z, weight.projection, scales[weight.scale]).view(weight.base.shape)
+                project(self.z, weight.projection, scales[weight.scale], weight.base).view(weight.base.shape)
                 for weight in self.weights
                 if weight.projection is not None
             ]

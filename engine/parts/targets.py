@@ -5,24 +5,63 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from engine.core.errors import EngineError, Fault
 from engine.core.facts import Facts, ModelFacts
 from engine.core.method import Verdict
+from engine.core.params import dial
 
 ALL, ATTENTION, FEED_FORWARD = "all-linear", "attention", "feed-forward"
 TARGETS_HELP = (
     "Which layers are edited: all-linear (every layer inside the network), attention (the layers that relate words to each other), "
     "feed-forward (the others), or layer names with commas between them, such as q_proj, v_proj."
 )
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
-def targets(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
-    """The layers that `spec` names, in the order of the model: name -> (out, in). Unknown names match nothing; see `target_faults`."""
-    layers, spec = model.linears, spec.strip()
+def top_blocks_dial(*, low: int = 1) -> Any:
+    """The dial "only the top blocks", the same for every method that has it."""
+    return dial(
+        None,
+        label="Only the top blocks",
+        unit="blocks",
+        low=low,
+        high=1024,
+        help="Only so many blocks at the top of the model learn, the rest stays as it is: quicker, and the lower part has to run only once for each text. "
+        "Empty: all of them.",
+    )  # fmt: skip
+
+
+def above(names: Iterable[str], model: ModelFacts, top_blocks: int | None) -> list[str]:
+    """Those of the tensors or modules that belong to the top blocks, or stand behind all blocks; everything for None."""
+    if top_blocks is None:
+        return list(names)
+    lowest = model.num_layers - top_blocks
+    order = {name: place for place, name in enumerate(model.tensors)}
+    end = max((place for name, place in order.items() if _BLOCK.search(name)), default=-1)
+    return [
+        name
+        for name in names
+        if (
+            int(found[1]) >= lowest
+            if (found := _BLOCK.search(name))
+            else order.get(name, order.get(f"{name}.weight", -1)) > end
+        )
+    ]
+
+
+def targets(spec: str, model: ModelFacts, top_blocks: int | None = None) -> dict[str, tuple[int, int]]:
+    """The layers that `spec` names, in the top blocks, in the order of the model: name -> (out, in). Unknown names match nothing; see `target_faults`."""
+    chosen = _named(spec.strip(), model)
+    return {name: chosen[name] for name in above(chosen, model, top_blocks)}
+
+
+def _named(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
+    layers = model.linears
     if spec == ALL:
         return dict(layers)
     if spec in {ATTENTION, FEED_FORWARD}:
@@ -31,8 +70,25 @@ def targets(spec: str, model: ModelFacts) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in layers.items() if any(_matches(name, item) for item in wanted)}
 
 
-def target_faults(spec: str, model: ModelFacts, where: str = "targets") -> list[Fault]:
-    """A fault for each name that no layer carries, with the nearest one that exists."""
+def target_faults(
+    spec: str, model: ModelFacts, where: str = "targets", *, top_blocks: int | None = None
+) -> list[Fault]:
+    """A fault for each name that no layer carries, with the nearest one that exists; and one when none of them is in the top blocks."""
+    faults = _unknown_names(spec, model, where)
+    if not faults and not targets(spec, model, top_blocks):
+        faults.append(
+            Fault(
+                where="top_blocks",
+                what=f"None of the chosen layers is in the top {top_blocks} of {model.num_layers} blocks.",
+                why="Then nothing would learn.",
+                way_out="Choose more blocks, or other layers.",
+                code="no_such_layer",
+            )
+        )
+    return faults
+
+
+def _unknown_names(spec: str, model: ModelFacts, where: str) -> list[Fault]:
     layers = model.linears
     ways = f"Write {ALL}, {ATTENTION} or {FEED_FORWARD}, or names of layers."
     if spec.strip() in {ALL, ATTENTION, FEED_FORWARD}:

@@ -28,6 +28,10 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    def token_rows(self) -> tuple[list[int], ...]:
+        """Every row of tokens that the model reads for it."""
+        return (self.input_ids,)
+
 
 @dataclass(kw_only=True)
 class Encoded:
@@ -66,6 +70,9 @@ class Task:
         "holdout",
         "seed",
     )  # all that `encode` reads of the recipe
+    rows_per_example = 1  # that the model reads
+    packs_examples = False  # whether several examples may share a row
+    fills_rows = False  # whether packing cuts one long stream, so that every row is as long as the longest may be
 
     def rows(self, data: DataFacts) -> Iterator[Row]:
         """Stream the usable rows of the data as role -> value."""
@@ -114,6 +121,10 @@ class Task:
     ) -> dict[str, Any]:
         """eval_loss, eval_loss_se, and the task's own metrics (eval_accuracy, eval_macro_f1, eval_perplexity …), in eval mode, no grad."""
         raise NotImplementedError
+
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        """The examples that `evaluate` lets the model read, each as it stands."""
+        return encoded.holdout
 
     def baseline(
         self,

@@ -99,20 +99,24 @@ def plain_batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
     return {**batch, "labels": padded(rows_of(examples, "labels"), IGNORED)}
 
 
-def packed_batch(examples: Sequence[Example], pad: int) -> dict[str, Tensor]:
+def packed_batch(examples: Sequence[Example], pad: int, end: int | None = None) -> dict[str, Tensor]:
     """All examples in one row [1, N] without any padding, kept apart: the lengths stand in the place of a mask (engine.tasks.segments), positions start
-    anew in each example, and no first token is predicted from the example before it."""
-    lengths = lengths_of(examples)
-    if len(set(lengths)) == 1:
-        return plain_batch(examples, pad)  # there is no padding to save
-    sizes, total = np.array(lengths), sum(lengths)
-    starts = np.cumsum(sizes) - sizes
+    anew in each example, and no first token is predicted from the example before it. With `end`, the mark that ends a document, the documents inside of
+    an example are kept apart in the same way."""
+    sizes = np.array(lengths_of(examples))
+    starts, total = np.cumsum(sizes) - sizes, int(sizes.sum())
+    row = _one_row(rows_of(examples, "input_ids"), total)
+    if end is not None:
+        starts = np.union1d(starts, np.flatnonzero(row[:-1] == end) + 1)
+    if len(starts) == len(examples) and len(set(sizes.tolist())) == 1:
+        return plain_batch(examples, pad)  # there is no padding to save, and nothing to keep apart
+    lengths = np.diff(np.append(starts, total))
     labels = _one_row(rows_of(examples, "labels"), total)
     labels[starts] = IGNORED
     return {
-        "input_ids": torch.from_numpy(_one_row(rows_of(examples, "input_ids"), total))[None],
-        "attention_mask": torch.tensor(lengths).view(1, 1, 1, -1),
-        "position_ids": torch.from_numpy(np.arange(total) - np.repeat(starts, sizes))[None],
+        "input_ids": torch.from_numpy(row)[None],
+        "attention_mask": torch.from_numpy(lengths).view(1, 1, 1, -1),
+        "position_ids": torch.from_numpy(np.arange(total) - np.repeat(starts, lengths))[None],
         "labels": torch.from_numpy(labels)[None],
         "num_tokens": torch.tensor(total),
         "num_samples": torch.tensor(len(examples)),
@@ -130,6 +134,14 @@ def is_packed(batch: Mapping[str, Tensor]) -> bool:
     """Whether several examples share a row, as `packed_batch` lays them."""
     mask = batch.get("attention_mask")
     return mask is not None and mask.dim() == 4 and mask.dtype == torch.int64
+
+
+def owners(batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Tensor:
+    """Which example each supervised place of a batch belongs to, [n], in the order of the logits; `lengths` are those of its examples."""
+    supervised = batch["labels"][:, 1:] != IGNORED
+    if not is_packed(batch):
+        return supervised.nonzero()[:, 0]
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[1:][supervised[0]]
 
 
 def unpacked(batch: Mapping[str, Tensor], pad: int) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ class CausalLM(LanguageTask):
     sentence = "A language model that continues a text in the style and with the words of your texts."
     data_shapes = ("text",)
     roles = ("text",)
+    packs_examples = True
+    fills_rows = True
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, recipe: Recipe, data: DataFacts) -> Encoded:
         settings = recipe.settings
@@ -43,6 +45,10 @@ class CausalLM(LanguageTask):
             sides.append(_examples(documents, tokens, length, settings.packing, notes))
         return Encoded(train=sides[0], holdout=sides[1], holdout_rows=Picked(rows, held), rows=rows, notes=notes,
                        num_train_tokens=sides[0].num_tokens())  # fmt: skip
+
+    def end_mark(self, tokenizer: Any) -> int | None:
+        end: int | None = tokenizer.eos_token_id
+        return end
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
         writer = Writer(model, tokenizer)

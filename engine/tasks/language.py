@@ -29,6 +29,7 @@ from engine.tasks.batching import (
     is_packed,
     measuring,
     moved,
+    owners,
     packed_batch,
     plain_batch,
     sliced,
@@ -45,7 +46,10 @@ class LanguageTask(Task):
     """A decoder that learns to continue. Labels are aligned with input_ids; the place t predicts the label at t + 1."""
 
     model_kinds = ("decoder",)
-    packs_examples = False  # whether several examples may share a row
+
+    def end_mark(self, tokenizer: Any) -> int | None:
+        """The token that ends a document, where one example may hold several documents; they do not see each other."""
+        return None
 
     def load_model(self, facts: ModelFacts, data: DataFacts, *, dtype: torch.dtype, seed: int) -> nn.Module:
         folder = model_folder(facts)
@@ -65,8 +69,9 @@ class LanguageTask(Task):
         return sliced(order, batch_size) if packed else bucketed(examples, order, batch_size)
 
     def collate(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> dict[str, Tensor]:
-        pack = self.packs_examples and recipe.settings.packing and len(examples) > 1
-        return (packed_batch if pack else plain_batch)(examples, tokenizer.pad_token_id)
+        if self.packs_examples and recipe.settings.packing:
+            return packed_batch(examples, tokenizer.pad_token_id, self.end_mark(tokenizer))
+        return plain_batch(examples, tokenizer.pad_token_id)
 
     def forward_states(self, model: nn.Module, batch: Mapping[str, Tensor]) -> States | None:
         """What the head would read at the supervised places, so that logits need never exist all at once; None where the model does more than that."""
@@ -122,6 +127,9 @@ class LanguageTask(Task):
         general = self.measure(model, general_examples(tokenizer), tokenizer, device)
         return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
 
+    def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
+        return [*encoded.holdout, *general_examples(tokenizer)]
+
     def measure(
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
     ) -> dict[str, Any]:
@@ -131,11 +139,10 @@ class LanguageTask(Task):
         sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
         with measuring(model):
             for indices in _token_batches(lengths, by_length):
-                batch = plain_batch(take(examples, indices), tokenizer.pad_token_id)
+                batch = packed_batch(take(examples, indices), tokenizer.pad_token_id, self.end_mark(tokenizer))
                 logits, labels = self.forward_logits(model, moved(batch, device))
                 losses = functional.cross_entropy(logits.float(), labels, reduction="none").double().cpu()  # [N]
-                rows = (batch["labels"][:, 1:] != IGNORED).nonzero()[:, 0]  # [N], row-major like the logits
-                place = torch.tensor(indices)[rows]
+                place = torch.tensor(indices)[owners(batch, [lengths[index] for index in indices])]
                 sums.index_add_(0, place, losses)
                 counts.index_add_(0, place, torch.ones_like(losses))
         total, number = float(counts.sum()), len(examples)
@@ -259,6 +266,12 @@ def direct_head(model: nn.Module) -> nn.Linear | None:
     head = getattr(model, found[1]) if found else None
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     return head if plain and "forward" not in vars(model) and not model._forward_hooks else None
+
+
+def heads_directly(architecture: str) -> bool:
+    """The same of a class of transformers, by its name: whether the logits of its models need never exist all at once."""
+    kind = getattr(transformers, architecture, None)
+    return isinstance(kind, type) and _DIRECT.search(_forward_source(kind)) is not None
 
 
 @functools.cache

@@ -40,6 +40,9 @@ class Pair(Example):
     def __len__(self) -> int:
         return max(len(self.input_ids), len(self.other_ids))
 
+    def token_rows(self) -> tuple[list[int], ...]:
+        return (self.input_ids, self.other_ids)
+
 
 class Preference(LanguageTask):
     """Both answers are written behind the same prompt in the model's chat format, and only their tokens count.
@@ -55,6 +58,7 @@ class Preference(LanguageTask):
     data_shapes = ("preferences",)
     roles = ("prompt", "chosen", "rejected")
     example_type = Pair
+    rows_per_example = 2
 
     def rows(self, data: DataFacts) -> Iterator[Row]:
         yield from read_rows(data)

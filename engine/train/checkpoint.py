@@ -40,24 +40,43 @@ class Snapshot:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
 
+    def draft(self) -> Draft:
+        """As it will stand on the disk: the values are text now, the tensors are still those of the run."""
+        files = dict(zip(_FILES, (self.trainables, self.optimizer, self.tensors), strict=True))
+        return Draft(step=self.step, files=files, text=canonical(self.values))
 
-def save(folder: Path, snapshot: Snapshot) -> Path:
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A snapshot on its way to the disk: the tensors of each file, and the text of state.json."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    text: str
+
+
+def save(folder: Path, draft: Draft) -> Path:
     """Write a checkpoint beside its final place and rename it there; a crash leaves the old state or the new one, never a mixture."""
     root = folder / FOLDER
     root.mkdir(exist_ok=True)
-    target = root / f"step-{snapshot.step:08d}"
+    target = root / f"step-{draft.step:08d}"
     beside = root / f".{target.name}.{os.getpid()}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    manifest: dict[str, Any] = {"step": snapshot.step, "tensors": {}}
-    for name, tensors in zip(_FILES, (snapshot.trainables, snapshot.optimizer, snapshot.tensors), strict=True):
-        manifest["tensors"][name] = save_tensors(beside / f"{name}.safetensors", tensors)
-    text = canonical(snapshot.values)
-    _write(beside / "state.json", text)
-    manifest["state.json"] = _digest(text)
-    manifest["self"] = _digest(canonical(manifest))
-    _write(beside / "manifest.json", canonical(manifest))
-    _sync_folder(beside)
+    try:
+        manifest: dict[str, Any] = {"step": draft.step, "tensors": {}}
+        for name, tensors in draft.files.items():
+            manifest["tensors"][name] = save_tensors(beside / f"{name}.safetensors", tensors)
+        _write(beside / "state.json", draft.text)
+        manifest["state.json"] = _digest(draft.text)
+        manifest["self"] = _digest(canonical(manifest))
+        _write(beside / "manifest.json", canonical(manifest))
+        _sync_folder(beside)
+    except BaseException:
+        shutil.rmtree(
+            beside, ignore_errors=True
+        )  # on a full disk half a checkpoint would be in the way of everything else
+        raise
     if target.exists():
         shutil.rmtree(target)
     beside.rename(target)

@@ -13,13 +13,23 @@ from engine.train.run import Ending, Run
 
 
 def train(run: Run) -> Ending:
-    """Train until the plan, a signal, a budget or a person says it is enough. Starts or resumes wherever `run.clock` stands."""
+    """Train until the plan, a signal, a budget or a person says it is enough. Starts or resumes wherever `run.clock` stands.
+
+    When it returns, the last checkpoint is on the disk.
+    """
+    run.model.train()
+    with run.saving.finishing(), run.remembering():
+        ending = _train(run)
+    run.model.eval()
+    return ending
+
+
+def _train(run: Run) -> Ending:
     clock, settings = run.clock, run.settings
     save_every = settings.checkpoint_every or max(1, clock.total_steps // 10)
     measure_at = {round(clock.total_steps * k / settings.evaluations) for k in range(1, settings.evaluations + 1)} | {
         clock.total_steps
     }
-    run.model.train()
     if clock.step == 0:
         run.begin()
         run.look({}, run.evaluate())
@@ -41,6 +51,7 @@ def train(run: Run) -> Ending:
         here = clock.step == run.pause_at and clock.step < clock.total_steps
         if clock.step in measure_at or here:
             signals += run.look(row, run.evaluate())
+        run.collect()
         request = run.control.poll() or ("pause" if here else None)
         run.ending = ending = _ending(run, signals, request)
         if (
@@ -58,7 +69,6 @@ def train(run: Run) -> Ending:
     if ending.exports and clock.step not in measure_at:
         run.evaluate()
         run.save()
-    run.model.eval()
     return ending
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,14 @@ def seeded(seed: int, *names: str) -> torch.Generator:
 
 
 class Part:
-    """Mechanics in a slot. A part that holds state returns it as tensors and JSON, never as pickled objects."""
+    """Mechanics in a slot. A part that holds state returns it as tensors and JSON, never as pickled objects.
+
+    spares_frozen_blocks: whether what the blocks below everything that learns answer to a text is the same through the whole run while this part is in
+    it: it changes, hooks and masks nothing there, lets nothing learn there later, and reads from there only what `heard_blocks` names. Unless every part
+    of a run says so, those blocks run in every step (engine.train.frozen).
+    """
+
+    spares_frozen_blocks: ClassVar[bool] = False
 
     def begin(self, run: Any) -> None:
         """Once before the first step ever (not again after a resume), `run` an engine.train.loop.Run: look at the model as it was, e.g. for
@@ -214,6 +221,10 @@ class Parametrization(Part):
         """The parameters that learn, by name."""
         raise NotImplementedError
 
+    def heard_blocks(self, model: nn.Module) -> Iterable[int]:
+        """The frozen blocks, counted from 0, whose answers this part reads itself. Default: none."""
+        return ()
+
     def sync(self, model: nn.Module) -> None:
         """Let derived weights follow the trainables."""
 
@@ -263,6 +274,8 @@ class LossTerm(Part):
 class GradientRule(Part):
     """Changes gradients between accumulation and the optimizer step. May return numbers for the metric row, e.g. {"clipped": 1.0}."""
 
+    spares_frozen_blocks = True  # it sees what learns, and no model
+
     def apply(self, trainables: Trainables, norm: Tensor) -> dict[str, Any]:
         raise NotImplementedError
 
@@ -295,6 +308,8 @@ class DataPolicy(Part):
 class OptimizerFactory(Part):
     """Builds the torch optimizer and carries its state over a Remap."""
 
+    spares_frozen_blocks = True
+
     def build(self, trainables: Trainables, learning_rate: float) -> torch.optim.Optimizer:
         raise NotImplementedError
 
@@ -312,6 +327,8 @@ class OptimizerFactory(Part):
 
 class Schedule(Part):
     """The learning rate over time, as a factor of the recipe's rate. Depends on the clock alone."""
+
+    spares_frozen_blocks = True
 
     def factor(self, clock: Clock) -> float:
         raise NotImplementedError
@@ -361,6 +378,8 @@ class Signal:
 
 class Watcher(Part):
     """Looks and speaks; changes no bit of the run. "stop" ends the run gracefully with everything kept."""
+
+    spares_frozen_blocks = True
 
     def see(self, look: Look) -> Iterable[Signal]:
         raise NotImplementedError

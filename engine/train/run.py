@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from engine.tasks.examples import take
 from engine.train import checkpoint
 from engine.train.checkpoint import Snapshot
 from engine.train.clock import Clock
+from engine.train.frozen import FrozenStates, remember
 from engine.train.parts import (
     DataPolicy,
     GradientRule,
@@ -42,6 +43,7 @@ from engine.train.parts import (
     Watcher,
     seeded,
 )
+from engine.train.saving import CheckpointWriter
 from engine.train.trainables import (
     Trainables,
     births,
@@ -112,6 +114,7 @@ class Run:
         )
         self.update_rule = slots.update_rule
         self.folder, self.log, self.control = folder, log, control
+        self.saving = CheckpointWriter(folder, log)
         self.settings = recipe.settings
         self.device = torch.device(facts.machine.device)
         self.amp = recipe.settings.precision == "bf16"
@@ -120,6 +123,7 @@ class Run:
         self.first_scores: dict[str, Any] = {}
         self.scores: dict[str, Any] = {}
         self.ending: Ending | None = None
+        self.frozen: FrozenStates | None = None
         self.pause_at: int | None = None  # a search trains in slices: measure and pause behind this step
         self.warmup_steps = slots.schedule.warmup_steps(clock)
         self._order: list[int] = []
@@ -127,6 +131,7 @@ class Run:
         self._tick = time.perf_counter()
         self._last_progress = 0.0
         self._window: tuple[float, int] = (0.0, 0)
+        self._memory: tuple[float, int] = (0.0, 0)  # when it was read, and the bytes
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of forward and loss: bf16 autocast, or nothing."""
@@ -176,6 +181,17 @@ class Run:
         """Let every part look at the run once before its first step."""
         for part in self.slots.names.values():
             part.begin(self)
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """The lower blocks in which nothing learns are left out for texts that are known, where that is allowed."""
+        self.frozen = remember(self)
+        try:
+            yield
+        finally:
+            if self.frozen is not None:
+                self.frozen.close()
+            self.frozen = None
 
     # ── after the step ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -278,7 +294,13 @@ class Run:
         return scores
 
     def memory(self) -> int:
-        """Bytes: peak of the GPU, or the resident set of this process."""
+        """Bytes: peak of the GPU, or the resident set of this process; looked up ten times a second, which costs more than all else in a row."""
+        now = time.perf_counter()
+        if now - self._memory[0] >= 0.1:
+            self._memory = (now, self._read_memory())
+        return self._memory[1]
+
+    def _read_memory(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         with open("/proc/self/statm", encoding="ascii") as file:
@@ -337,24 +359,24 @@ class Run:
             self._start_epoch(order)
         checkpoint.restore_generators(snapshot.tensors, values["rng"], {"objective": self.rng}, self.device)
 
-    def save(self) -> Path:
-        """Write a checkpoint, the log first, and prune old ones (the last two and the best stay)."""
-        self.log.sync()
-        path = checkpoint.save(self.folder, self.snapshot())
-        checkpoint.prune(self.folder, self.best.get("step"))
-        self.log.emit(
-            "checkpoint",
-            {"path": f"{checkpoint.FOLDER}/{path.name}", "best": self.best.get("step") == self.clock.step},
-            step=self.clock.step,
-        )
+    def save(self) -> None:
+        """Hand a checkpoint of this step border to the writer; the training may go on at once, and it goes on the disk behind the log."""
+        self.saving.wait()
+        self.log.flush()
+        self.saving.put(self.snapshot(), self.best.get("step"))
         self._tick = time.perf_counter()
-        return path
+
+    def collect(self) -> None:
+        """Tell of a checkpoint that has come to the disk; what kept one from there is raised here."""
+        if self.saving.collect():
+            self._tick = time.perf_counter()
 
     def load_best(self) -> bool:
         """Put the best weights back before export; False when the current ones are the best or no better were kept.
 
         What learns may have grown or changed since, so structure and trainables become those of the checkpoint. The optimizer does not follow.
         """
+        self.saving.wait()
         step = self.best.get("step")
         path = self.folder / checkpoint.FOLDER / f"step-{step or 0:08d}"
         if step is None or step == self.clock.step or not path.exists():

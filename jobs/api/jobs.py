@@ -16,7 +16,7 @@ from jobs.api.paging import Limit, Order, Page, ordered, paged
 from jobs.api.problems import NOT_FOUND, Problem, refuse
 from jobs.api.schemas import CheckOut, EventsOut, JobDetail, JobList, job_detail, job_out
 from jobs.models import Event, Job
-from jobs.series import series
+from jobs.series import Axis, Window, series
 
 router = Router(tags=["jobs"])
 ORDERS = {"created": "created", "name": "name", "status": "status", "ended_at": "ended_at"}
@@ -26,6 +26,7 @@ StatusFilter = Literal[
 REFUSALS = {"not_possible": 409, "key_reused": 409, "busy": 409, "forbidden": 403, "gone": 404}
 WAYS_OUT = {"key_reused": "Choose a new key for a new job.", "busy": "Ask again in a moment."}
 MAX_SEQ = 2**63 - 1
+ANSWER_ROWS = 20_000  # metric rows in one answer
 Payload = Annotated[dict[str, Any], Body()]
 Key = Annotated[
     str,
@@ -142,13 +143,19 @@ def list_events(
     after: After = 0,
     limit: Annotated[int, Query(ge=1, le=5000, description="How many at most.")] = 500,
 ) -> Any:
-    """Numbers grow by one without a hole: ask again with the last number you got. When events after your number were pruned, the answer
-    is resync: read the series, then go on from its last_seq."""
+    """Numbers grow by one without a hole: ask again with the last number you got, until nothing new comes; long events come fewer at a
+    time. When events after your number were pruned, the answer is resync: read the series, then go on from its last_seq."""
     job = _visible(request, job_id)
     if after + 1 < job.first_seq:
         return {"events": [], "last_seq": job.last_seq, "resync": True, "first": job.first_seq}
     rows = Event.objects.filter(job=job, seq__gt=after, seq__lte=job.last_seq).order_by("seq")[:limit]
-    events = [{"seq": row.seq, "time": row.time, "kind": row.kind, "step": row.step, "data": row.data} for row in rows]
+    events: list[dict[str, Any]] = []
+    num_rows = 0
+    for row in rows.iterator(chunk_size=100):
+        num_rows += len(row.data.get("rows", ()))
+        if events and num_rows > ANSWER_ROWS:
+            break
+        events.append({"seq": row.seq, "time": row.time, "kind": row.kind, "step": row.step, "data": row.data})
     return {"events": events, "last_seq": job.last_seq}
 
 
@@ -157,9 +164,18 @@ def get_series(
     request: HttpRequest,
     job_id: uuid.UUID,
     points: Annotated[int, Query(ge=10, le=20_000, description="How many points a curve may have.")] = 2000,
+    curves: Annotated[
+        str,
+        Query(max_length=1000, description="Names of curves, with commas between; without them everything is sent."),
+    ] = "",
+    axis: Annotated[Axis, Query(description="What start and end count.")] = "step",
+    start: Annotated[float | None, Query(allow_inf_nan=False, description="Where the stretch begins.")] = None,
+    end: Annotated[float | None, Query(allow_inf_nan=False, description="Where it ends.")] = None,
 ) -> Any:
-    """Every bucket keeps its least, its greatest and its last value, so no spike is lost. `last_seq` says where to go on with events."""
-    return series(_visible(request, job_id), points)
+    """Every bucket keeps its least, its greatest and its last value, so no spike is lost. `last_seq` says where to go on with events.
+    With `start` and `end` only that stretch is shown, with as many points: whoever zooms in sees every step."""
+    names = [name for name in curves.split(",") if name]
+    return series(_visible(request, job_id), points, window=Window(axis, start, end), names=names)
 
 
 @router.get("/{uuid:job_id}/events.csv", summary="All events as a table", openapi_extra=_file("text/csv"))

@@ -27,6 +27,7 @@ export class Curves {
     this.held = column();
     this.signals = [];
     this.lastStep = -1;
+    this.thinned = false;
   }
 
   get length() {
@@ -42,6 +43,7 @@ export class Curves {
     if (curves.eval_loss) this.held = copy(curves.eval_loss);
     for (const signal of series.signals) this.addSignal(signal.step, signal);
     this.lastStep = this.loss.step.at(-1) ?? -1;
+    this.thinned = series.num_steps > this.loss.step.length;
   }
 
   /** One numbered event; answers whether a curve has changed. */
@@ -158,8 +160,10 @@ export class RunChart {
     this.drawn = 0;
     this.timer = null;
     this.zoomed = false;
+    this.detail = null; // every step of the stretch on show, or as many as fit
     this.onread = () => {};
     this.onzoom = () => {};
+    this.onlook = () => {};
     document.addEventListener("bonsai:theme", () => this.request(true));
   }
 
@@ -172,6 +176,7 @@ export class RunChart {
   /** Forget what was zoomed and show everything. */
   whole() {
     this.zoom += 1;
+    this.detail = null;
     this.showZoom(false);
     this.request(true);
   }
@@ -179,6 +184,41 @@ export class RunChart {
   showZoom(zoomed) {
     this.zoomed = zoomed;
     this.onzoom(zoomed);
+  }
+
+  /** Somebody looks at a stretch: show what is here at once, and ask for more where steps were left out and none will follow. */
+  look() {
+    const { loss, thinned: some } = this.curves;
+    const { start, end } = this.stretch();
+    this.showZoom(true);
+    if (some && (this.ended || end < loss[this.axis].at(-1))) {
+      this.onlook({ axis: this.axis, start, end });
+    } else {
+      this.detail = null;
+      this.request(true);
+    }
+  }
+
+  /** The stretch on show, in units of the axis. */
+  stretch() {
+    const size = this.unit().size;
+    const [start, end] = this.place.layout.xaxis.range;
+    return { start: start * size, end: end * size };
+  }
+
+  /** More of a stretch has come; it is drawn if that is still what somebody looks at. */
+  showDetail({ axis, start, end }, series) {
+    const now = this.stretch();
+    if (!this.zoomed || axis !== this.axis || now.start !== start || now.end !== end) return;
+    const { loss, grad_norm: norm } = series.curves;
+    if (!loss) return;
+    this.detail = { loss, norm: norm ?? column() };
+    this.request(true);
+  }
+
+  /** The curves to draw: loss and gradient norm in detail where it is known. */
+  shown() {
+    return { ...this.curves, ...this.detail };
   }
 
   /** Draw soon, and never more often than four times a second. */
@@ -206,7 +246,7 @@ export class RunChart {
       this.onread(this.valuesAt(event.points[0].x));
     });
     this.place.on("plotly_unhover", () => this.onread(null));
-    this.place.on("plotly_relayout", (change) => { if ("xaxis.range[0]" in change) { this.showZoom(true); this.request(); } });
+    this.place.on("plotly_relayout", (change) => { if ("xaxis.range[0]" in change || "xaxis.range" in change) this.look(); });
     this.place.on("plotly_doubleclick", () => this.whole());
   }
 
@@ -221,7 +261,8 @@ export class RunChart {
       }
       return best < 0 ? null : curve.value[best];
     };
-    return { x: `${spokenAxis(x)} ${this.unit().word}`, loss: at(this.curves.loss), held: at(this.curves.held), norm: at(this.curves.norm) };
+    const { loss, held, norm } = this.shown();
+    return { x: `${spokenAxis(x)} ${this.unit().word}`, loss: at(loss), held: at(held), norm: at(norm) };
   }
 
   unit() {
@@ -269,7 +310,7 @@ export class RunChart {
   }
 
   traces() {
-    const { loss, norm, held, signals } = this.curves;
+    const { loss, norm, held, signals } = this.shown();
     const colour = (token) => bonsai.colour(token);
     const green = colour("chart-1");
     const blue = colour("chart-2");
@@ -282,7 +323,7 @@ export class RunChart {
       const calm = smoothed(loss.value, this.smoothing);
       traces.push(this.line(loss, calm, { line: { color: green, width: 2.5, shape: "linear" } }));
       traces.push(this.line(norm, smoothed(norm.value, this.smoothing), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
-      if (!this.ended && calm.length) {
+      if (!this.ended && !this.detail && calm.length) {
         traces.push({ type: "scatter", mode: "markers", hoverinfo: "none", cliponaxis: false, x: [loss[this.axis].at(-1) / size], y: [calm.at(-1)],
           marker: { color: green, size: 9, line: { color: colour("surface"), width: 2 } } });
       }

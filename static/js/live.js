@@ -5,6 +5,7 @@ const POLL_MS = 2000;
 const REFRESH_MS = 1200;
 const SILENCE_MS = 10000;
 const LAST_WORDS = ["succeeded", "failed", "cancelled"];
+const DRAWN = "curves=loss,grad_norm,eval_loss";
 const CLOSED_FOR_GOOD = [4403, 4404];
 
 /** Numbered events without a hole. Goes on from the last number it saw, whatever happens to the connection. */
@@ -127,7 +128,7 @@ class Feed {
     if (this.syncing) return;
     this.syncing = true;
     try {
-      const series = await this.get(this.series);
+      const series = await this.get(`${this.series}?${DRAWN}`);
       if (!series) return;
       this.last = series.last_seq;
       this.onSeries(series);
@@ -135,6 +136,15 @@ class Feed {
       this.onState("offline");
     } finally {
       this.syncing = false;
+    }
+  }
+
+  /** The curves of one stretch; null when there is no answer, for what is drawn already will do. */
+  async detail({ axis, start, end }) {
+    try {
+      return await this.get(`${this.series}?${DRAWN}&axis=${axis}&start=${start}&end=${end}`);
+    } catch {
+      return null;
     }
   }
 
@@ -309,6 +319,10 @@ function begin(root) {
       if (curves.length > MOST_KEPT) feed.resync(); // a long run: let the server thin it out
     },
   });
+  chart.onlook = async (stretch) => {
+    const more = await feed.detail(stretch);
+    if (more) chart.showDetail(stretch, more);
+  };
   Object.assign(root, { curves, feed, chart });
   if (over) feed.resync().then(() => showConnection("over"));
   else feed.start();

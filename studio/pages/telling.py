@@ -236,8 +236,8 @@ def _smaller(settings: Mapping[str, Any]) -> Remedy | None:
         return Remedy(
             f"{words.count(batch // 2, 'example')} at a time", {"batch_size": batch // 2, "accumulate": accumulate * 2}
         )
-    if not settings.get("gradient_checkpointing"):
-        return Remedy("less memory, a little slower", {"gradient_checkpointing": True})
+    if settings.get("gradient_checkpointing") not in {"on", True}:
+        return Remedy("less memory, a little slower", {"gradient_checkpointing": "on"})
     return None
 
 

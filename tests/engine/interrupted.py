@@ -32,18 +32,17 @@ def best_comes_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def run_and_pause_behind(step: int, folder: Path, recipe: Recipe) -> None:
-    """Run until a checkpoint of `step` is written and the loop has seen the request: one step later at the most."""
+    """Run until a checkpoint of `step` is made and the loop has seen the request: one step later at the most."""
     lay(folder, recipe)
-    save = checkpoint.save
+    save = Run.save
 
-    def save_and_ask(root: Path, snapshot: checkpoint.Snapshot) -> Path:
-        path = save(root, snapshot)
-        if snapshot.step == step:
-            write_request(root, "pause")
-        return path
+    def save_and_ask(run: Run) -> None:
+        save(run)
+        if run.clock.step == step:
+            write_request(run.folder, "pause")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_ask)
+        patch.setattr(Run, "save", save_and_ask)
         assert run_folder(folder)["outcome"] == "paused"
     (folder / "control.json").unlink()
 

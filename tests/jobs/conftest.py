@@ -12,7 +12,7 @@ import pytest
 from django.contrib.auth.models import User
 
 from engine.core.events import EventLog
-from jobs import devices, series, supervisor
+from jobs import devices, supervisor
 from jobs.lifecycle import begin
 from jobs.models import Device, Job
 from jobs.places import home, job_folder
@@ -60,7 +60,6 @@ def nothing_left(bonsai_home: Path) -> Iterator[None]:
     """No state of one test reaches the next."""
     yield
     supervisor.shutting_down.clear()
-    series._kept.clear()
     for name in ("jobs", "wake"):
         shutil.rmtree(home() / name, ignore_errors=True)
 

@@ -163,6 +163,22 @@ def test_events_are_dense_from_any_number(owner: Caller) -> None:
     assert seen == list(range(1, 13))
 
 
+def test_long_events_come_fewer_at_a_time(owner: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.api.jobs.ANSWER_ROWS", 500)
+    job = kit.job(owner.user, num_events=0)
+    Event.objects.bulk_create(
+        Event(job=job, seq=seq, kind="metric", step=seq, time=1.0, data={"rows": [{"step": seq}] * 200})
+        for seq in range(1, 8)
+    )
+    Job.objects.filter(pk=job.pk).update(last_seq=7)
+    numbers: list[int] = []
+    while not numbers or numbers[-1] < 7:
+        events = owner.get(f"jobs/{job.pk}/events?after={numbers[-1] if numbers else 0}").json()["events"]
+        assert 0 < sum(len(event["data"]["rows"]) for event in events) <= 500
+        numbers += [event["seq"] for event in events]
+    assert numbers == list(range(1, 8))
+
+
 def test_pruned_events_are_never_a_silent_hole(owner: Caller) -> None:
     row = kit.job(owner.user, num_events=12)
     Event.objects.filter(job=row, seq__lt=6).delete()

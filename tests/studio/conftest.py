@@ -27,10 +27,10 @@ ENCODER = "starter:minilm-l6"
 @pytest.fixture(scope="session")
 def engine_here(bonsai_home: Any) -> Iterator[None]:
     """Calls that find no service are answered by the engine itself, imported once for all tests."""
-    from engine import service
+    from engine import answers
 
     def answer(self: Engine, line: bytes) -> bytes:
-        return service.encode(service.answer(json.loads(line)))
+        return answers.encode(answers.answer(json.loads(line)))
 
     patch = pytest.MonkeyPatch()
     patch.setattr(Engine, "_ask_process", answer)

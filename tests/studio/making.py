@@ -14,8 +14,11 @@ from django.utils import timezone
 
 from engine.core.artifact import seal
 from engine.core.control import write_json
+from engine.core.events import LOG_NAME
+from engine.core.events import Event as Line
+from jobs.ingest import Ingester
 from jobs.lifecycle import begin
-from jobs.models import Artifact, Dataset, Event, Job, ModelEntry, Status
+from jobs.models import Artifact, Dataset, Job, ModelEntry, Status
 from jobs.places import job_folder
 
 LABELS = ("billing", "delivery", "login", "praise", "refund", "returns", "technical", "other")
@@ -176,15 +179,13 @@ def learn(job: Job, done: int, total: int, *, warn: str = "", seed: int = 1) -> 
         say("state", total, {"state": "exporting", "message": "Writing the result and checking it in a clean process."})
         for place, (prompt, output, expected) in enumerate(SAMPLES):
             say("sample", total, {"prompt": prompt, "output": output, "expected": expected, "key": str(place)})
-    first = job.last_seq + 1
-    Event.objects.bulk_create(
-        Event(job=job, seq=first + place, log_seq=place + 1, kind=kind, step=step, time=moment, data=data)
-        for place, (kind, step, moment, data) in enumerate(events)
-    )
+    folder = job_folder(job.pk)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [Line(place, moment, kind, step, data).line() for place, (kind, step, moment, data) in enumerate(events, 1)]
+    (folder / LOG_NAME).write_bytes(b"".join(lines))
+    Ingester(job, folder, job.lease_epoch).drain()
     newest = next((data["rows"][-1] for kind, _, _, data in reversed(events) if kind == "metric"), {})
     Job.objects.filter(pk=job.pk).update(
-        last_seq=first + len(events) - 1,
-        log_seq=len(events),
         done_steps=done,
         total_steps=total,
         loss=newest.get("loss"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.core.artifact import damaged_files, seal
 from engine.core.control import Control, write_request
-from engine.core.events import LOG_NAME, EventLog, read_events
+from engine.core.events import LOG_NAME, Event, EventLog, finite, read_events
 
 
 def row(step: int, loss: float = 1.0) -> dict[str, float]:
@@ -61,6 +62,22 @@ def test_not_a_number_is_written_as_null_and_named(tmp_path: Path) -> None:
     (line,) = (tmp_path / LOG_NAME).read_text().splitlines()
     written = json.loads(line)["data"]["rows"][0]
     assert written["loss"] is None and written["grad_norm"] is None and written["nonfinite"] == ["loss", "grad_norm"]
+
+
+VALUES = st.recursive(
+    st.floats() | st.integers() | st.text(max_size=5) | st.none() | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.dictionaries(st.text(max_size=4), VALUES, max_size=4))
+def test_a_line_is_what_json_says_of_the_finite_form(data: dict[str, Any]) -> None:
+    """Numbers are looked through only when one of them is not finite; the bytes do not depend on it."""
+    body = {"seq": 3, "time": 1.25, "kind": "log", "step": 7, "data": finite(data)}
+    plain = json.dumps(body, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    assert Event(3, 1.25, "log", 7, data).line() == plain
 
 
 def test_reading_from_an_offset_continues_exactly(tmp_path: Path) -> None:

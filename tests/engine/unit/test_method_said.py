@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
@@ -131,6 +132,26 @@ def test_gradients_match_finite_differences_and_the_dense_matrix(n: int, d: int,
         inputs = (z,) if scale is None else (z, scale)
         assert torch.autograd.gradcheck(lambda *x: project(x[0], item, *x[1:]), inputs)
         assert torch.autograd.gradgradcheck(lambda *x: project(x[0], item, *x[1:]), inputs)
+
+
+@pytest.mark.parametrize(
+    ("n", "d"), [(1, 1), (3, 2), (33, 20), (384, 1000), (9 * 2**10, 700), (10_001, 300), (2**12, 5)]
+)
+def test_passes_over_what_is_asked_for_are_those_of_the_whole_transform(n: int, d: int) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
+        item = drawn(n, d)
+        z, base = torch.randn(d, dtype=dtype), torch.randn(n, dtype=dtype)
+        w = walsh_hadamard(F.pad(z * item.signs.to(dtype), (0, item.short - d))) * item.scale
+        whole = walsh_hadamard(w[item.place.long()] * item.gauss.to(dtype))[:n]
+        torch.testing.assert_close(item.forward(z), whole, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(item.forward(z, base), base + whole, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            project(z, item, torch.tensor(1.7, dtype=dtype), base), base + 1.7 * whole, rtol=tolerance, atol=tolerance
+        )
+        v = walsh_hadamard(F.pad(base, (0, item.length - n))) * item.gauss.to(dtype)
+        pulled = v[item.back.long()].view(-1, item.short).sum(0) * item.scale
+        expected = walsh_hadamard(pulled)[:d] * item.signs.to(dtype)
+        torch.testing.assert_close(item.adjoint(base), expected, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def test_fastfood_is_linear() -> None:

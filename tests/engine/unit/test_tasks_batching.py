@@ -20,6 +20,7 @@ from engine.tasks.batching import (
     bucketed,
     is_packed,
     measuring,
+    owners,
     packed_batch,
     plain_batch,
     sliced,
@@ -134,6 +135,29 @@ def test_packing_loses_and_doubles_nothing(lengths: list[int]) -> None:
     plain = unpacked(packed, 0)
     found = sorted(row[mask.bool()].tolist() for row, mask in zip(plain["input_ids"], plain["attention_mask"]))
     assert found == sorted(item.input_ids for item in examples)
+
+
+def test_documents_inside_of_an_example_do_not_see_each_other(llama: Any) -> None:
+    end = 2
+    ids = [[5, 6, 7, end, 8, 9], [10, end, 11, 12, 13, end]]
+    batch = packed_batch([Example(row, list(row), n) for n, row in enumerate(ids)], 0, end)
+    assert batch["attention_mask"].flatten().tolist() == [4, 2, 2, 4]
+    assert batch["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 0, 1, 2, 3]
+    assert owners(batch, [6, 6]).tolist() == [0] * 4 + [1] * 4
+    with torch.no_grad():
+        logits, labels = LM.forward_logits(llama, batch)
+        alone = [
+            llama(input_ids=torch.tensor([piece])).logits[0, :-1]
+            for piece in ([5, 6, 7, end], [8, 9], [10, end], [11, 12, 13, end])
+        ]
+    torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    assert labels.tolist() == [6, 7, end, 9, end, 12, 13, end]
+
+
+def test_texts_without_an_end_inside_stay_in_rows_of_their_own() -> None:
+    batch = packed_batch([Example([5, 6, 2], [5, 6, 2], 0), Example([7, 8, 9], [7, 8, 9], 1)], 0, 2)
+    assert not is_packed(batch) and batch["input_ids"].shape == (2, 3)
+    assert owners(batch, [3, 3]).tolist() == [0, 0, 1, 1]
 
 
 def test_equal_lengths_are_laid_in_rows_of_their_own() -> None:

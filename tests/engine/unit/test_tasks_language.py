@@ -151,7 +151,7 @@ def test_logits_come_at_supervised_places_in_the_order_of_the_labels(model: Any)
         Example([1, 9, 8, 7, 6, 5], [IGNORED, IGNORED, 8, IGNORED, 6, 5], 0),
         Example([1, 4, 3], [IGNORED, 4, IGNORED], 1),
     ]
-    batch = WRITE.collate(examples, type("Pad", (), {"pad_token_id": 0}), recipe())
+    batch = WRITE.collate(examples, type("Pad", (), {"pad_token_id": 0, "eos_token_id": 2}), recipe())
     with torch.no_grad():
         logits, labels = WRITE.forward_logits(model, batch)
         whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -162,7 +162,9 @@ def test_logits_come_at_supervised_places_in_the_order_of_the_labels(model: Any)
 
 
 def test_a_batch_without_labels_has_no_logits(model: Any) -> None:
-    batch = WRITE.collate([Example([1, 2, 3], [IGNORED] * 3, 0)], type("Pad", (), {"pad_token_id": 0}), recipe())
+    batch = WRITE.collate(
+        [Example([1, 2, 3], [IGNORED] * 3, 0)], type("Pad", (), {"pad_token_id": 0, "eos_token_id": 2}), recipe()
+    )
     logits, labels = WRITE.forward_logits(model, batch)
     assert logits.shape == (0, model.config.vocab_size) and labels.shape == (0,)
     assert functional.cross_entropy(logits, labels, reduction="sum").item() == 0.0
