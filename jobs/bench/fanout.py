@@ -23,14 +23,12 @@ import requests
 from engine.bench.measure import ROOT, ratio_interval
 from engine.bench.pages import Goal, Section, Study
 from jobs import parts
-from jobs.bench.installation import Installation, free_port
+from jobs.bench.installation import STARTER_JOB, Installation, free_port
 
 NUM_VIEWERS, NUM_SLOW, ROUNDS = 1000, 500, 5
 APPLICATION = "jobs.bench.fanout_server:application"
 GROUP_FRAMES, PUMP_FRAMES = 3, 20  # to each viewer in a burst: both ways get about as much time
-TRAINING = {"name": "watched", "task": "classify", "model": {"source": "starter:minilm-l6"}, "data": {"source": "starter:customer-messages"},
-            "methods": [{"slug": "paca", "params": {"r": 8}}],
-            "settings": {"max_steps": 20000, "batch_size": 8, "max_length": 48, "evaluations": 1, "seed": 0}}  # fmt: skip
+TRAINING = {"name": "watched", **STARTER_JOB, "settings": {**STARTER_JOB["settings"], "max_steps": 20000, "seed": 0}}
 WATCH_SECONDS = 3.0
 
 
@@ -248,9 +246,9 @@ def training() -> Section:
     """Steps of a real run with nobody and with a thousand viewers, in turns."""
     walls: dict[int, list[float]] = {0: [], NUM_VIEWERS: []}
     work: dict[int, list[float]] = {0: [], NUM_VIEWERS: []}
-    crowd = Helper("jobs.bench.crowd", environment=dict(os.environ))
-    try:
-        with Installation(OMP_NUM_THREADS="1") as studio:
+    with Installation(OMP_NUM_THREADS="1") as studio:
+        crowd = Helper("jobs.bench.crowd", environment=dict(os.environ))
+        try:
             job = studio.start_job(TRAINING)
             child = _trainer(studio, job)
             _keep_apart(child, [studio.process.pid, crowd.process.pid])
@@ -280,8 +278,8 @@ def training() -> Section:
                     steps = [at for at in _step_times(studio, job) if began <= at <= ended]
                     walls[num].append(statistics.median(b - a for a, b in itertools.pairwise(steps)))
                     work[num].append(spent / len(steps))
-    finally:
-        crowd.stop()
+        finally:
+            crowd.stop()
     wall = ratio_interval(walls[NUM_VIEWERS], walls[0])
     processor = ratio_interval(work[NUM_VIEWERS], work[0])
     rows: list[tuple[str, ...]] = [

@@ -37,21 +37,21 @@ STARTER_JOB: dict[str, Any] = {
 
 
 class Installation:
-    """Use as a context manager: up and entered inside, stopped and deleted behind. `environment` is added to that of its processes."""
+    """Use as a context manager: up and entered inside, stopped and deleted behind. Settings go into its environment."""
 
-    def __init__(self, port: int = 0, **environment: str) -> None:
+    def __init__(self, port: int = 0, **settings: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bonsai-measure-")
         self.home = Path(self._folder.name) / "home"
         port = port or free_port()
         self.address = f"http://127.0.0.1:{port}"
         self.output = Path(self._folder.name) / "up.out"
-        around = {**os.environ, "BONSAI_HOME": str(self.home), "HF_HUB_OFFLINE": "1", **environment}
-        around.pop("BONSAI_ENGINE_SOCKET", None)
+        environment = {**os.environ, "BONSAI_HOME": str(self.home), "HF_HUB_OFFLINE": "1", **settings}
+        environment.pop("BONSAI_ENGINE_SOCKET", None)
         with self.output.open("wb") as sink:
             self.process = subprocess.Popen(
                 [sys.executable, "manage.py", "up", "--port", str(port), "--no-first-run"],
                 cwd=ROOT,
-                env=around,
+                env=environment,
                 stdout=sink,
                 stderr=sink,
                 stdin=subprocess.DEVNULL,
@@ -181,7 +181,7 @@ def maps_library(pid: int, name: str) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
