@@ -175,7 +175,11 @@ class HalfFineTuning(TrainMethod):
                 claim="TRACE 7B, drawn by model, layer, category",
                 paper="46.9, 47.9, 51.3 (unconfirmed, secondary note)",
             ),
-            Figure(claim="Training time against full fine-tuning", paper="about 30 % less (abstract)"),
+            Figure(
+                claim="Training time against full fine-tuning",
+                paper="about 30 % less (abstract)",
+                ours="28 % less with the word table and the output layer locked, 10 % less with them (Llama, 52 M, 32,000 words, one CPU core)",
+            ),
             Figure(
                 claim="A 260,000-parameter story model trained 200 steps on another domain, 3 seeds: rise of the loss on stories, loss on the "
                 "new domain; full, then half",

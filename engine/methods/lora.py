@@ -50,6 +50,11 @@ class LoRA(TrainMethod):
                 paper="10,000 times fewer (abstract)",
             ),
             Figure(
+                claim="Time of a step against peft's own layers of the same rank",
+                paper="not measured",
+                ours="0.83, 0.86 and 0.95 at rank 2, 8 and 16 (Llama, 13 M, 4 x 256 tokens, one CPU core), with the same numbers to fp32 rounding",
+            ),
+            Figure(
                 claim="GPU memory for training GPT-3 175B against full fine-tuning", paper="3 times less (abstract)"
             ),
         ),

@@ -40,7 +40,7 @@ class MaskLoRA(TrainMethod):
             "With 'merge' (LoRA-Prune) the mask is left out while training and applied when measuring and merging: reports are about the sparse model.",
             "Export: A, B and the mask in bits for each layer, and the merged sparse model.",
         ),
-        avoid_when="The model is not pruned: then the mask holds nothing back, and LoRA does the same in less time.",
+        avoid_when="The model is not pruned: then the mask holds nothing back, and LoRA does the same with a file that other tools load.",
         traps=(
             "Plain LoRA on a pruned model makes a dense model when it is merged; the zeros are gone, or the learning is.",
             "With the mask applied only at the end, training improves a model that will never exist: part of what was learned is cut off.",
