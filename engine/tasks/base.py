@@ -122,6 +122,10 @@ class Task:
         """eval_loss, eval_loss_se, and the task's own metrics (eval_accuracy, eval_macro_f1, eval_perplexity …), in eval mode, no grad."""
         raise NotImplementedError
 
+    def pieces(self, row: Sequence[int], tokenizer: Any) -> list[Sequence[int]]:
+        """A row of tokens, cut where the model does not look back beyond."""
+        return [row]
+
     def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
         """The examples that `evaluate` lets the model read, each as it stands."""
         return encoded.holdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,11 @@ class LanguageTask(Task):
         scores = self.measure(model, encoded.holdout, tokenizer, device)
         general = self.measure(model, general_examples(tokenizer), tokenizer, device)
         return {**scores, "general_loss": general["eval_loss"], "general_loss_se": general["eval_loss_se"]}
+
+    def pieces(self, row: Sequence[int], tokenizer: Any) -> list[Sequence[int]]:
+        end = self.end_mark(tokenizer)
+        cuts = [0, *(place + 1 for place, token in enumerate(row[:-1]) if token == end), len(row)]
+        return [row[start:stop] for start, stop in itertools.pairwise(cuts)]
 
     def measured(self, encoded: Encoded, tokenizer: Any) -> Sequence[Example]:
         return [*encoded.holdout, *general_examples(tokenizer)]

@@ -281,7 +281,8 @@ def remember(run: Run) -> FrozenStates | None:
     if not in_training and run.settings.evaluations < 2:
         return None
     examples: list[Example] = [*train, *held] if in_training else held
-    texts = [row for example in examples for row in example.token_rows()]
+    rows = [row for example in examples for row in example.token_rows()]
+    texts = [piece for row in rows for piece in run.task.pieces(row, run.tokenizer)]
     heard = frozenset(place for part in run.slots.parametrizations for place in part.heard_blocks(run.model))
     states = FrozenStates(bottom, heard, in_training=in_training)
     size = states.num_bytes(bottom, len(states.heard), sum(map(len, texts)))

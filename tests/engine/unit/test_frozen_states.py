@@ -101,7 +101,8 @@ def test_nothing_is_kept_for_backward_below_the_lowest_thing_that_learns(
 
 
 def filled(run: Run, folder: Path) -> FrozenStates:
-    texts = [row for example in run.encoded.train for row in example.token_rows()]
+    rows = [row for example in run.encoded.train for row in example.token_rows()]
+    texts = [piece for row in rows for piece in run.task.pieces(row, run.tokenizer)]
     bottom = bottom_of(run.model, texts[0], run.autocast)
     assert bottom is not None
     states = FrozenStates(bottom, frozenset(), in_training=True)
@@ -176,7 +177,9 @@ def test_only_blocks_above_run_in_a_step_and_all_of_them_afterwards(tiny: Tiny, 
 @pytest.mark.parametrize("task", ["causal_lm", "instruct", "preference"])
 def test_fifty_steps_learn_the_same(task: str, tiny: Tiny, tmp_path: Path) -> None:
     plain, served = (
-        lay(tmp_path / mode, tiny.recipe(TOP, task=task, epochs=20, max_steps=50, frozen_cache=mode))
+        lay(
+            tmp_path / mode, tiny.recipe(TOP, task=task, epochs=20, max_steps=50, learning_rate=1e-3, frozen_cache=mode)
+        )
         for mode in ("off", "auto")
     )
     assert run_folder(plain)["outcome"] == run_folder(served)["outcome"] == "succeeded"
@@ -256,7 +259,7 @@ def test_a_model_whose_upper_blocks_read_more_than_the_state_is_found_out(tiny: 
     run = ready(tiny.recipe(TOP), tmp_path / "run")
     stack = stack_of(base_of(run.model))
     assert stack is not None
-    texts = [example.input_ids for example in run.encoded.train[:2]]
+    texts = [run.task.pieces(example.input_ids, run.tokenizer)[0] for example in run.encoded.train[:2]]
     assert filled(run, tmp_path).agrees(texts, run.autocast)
     heard: list[Tensor] = []
     stack[0].self_attn.register_forward_hook(lambda module, args, output: heard.append(output[0].detach().mean()))

@@ -17,7 +17,7 @@ from engine.core.recipe import DataRef, ModelRef, Recipe, TrainSettings
 from engine.io.facts import data_facts, model_facts
 from engine.tasks import task
 from engine.tasks.base import Example
-from engine.tasks.batching import IGNORED
+from engine.tasks.batching import IGNORED, plain_batch
 from engine.tasks.chat import PLAIN_TEMPLATE
 from tests.engine.unit.tiny_models import tiny_llama
 
@@ -151,7 +151,7 @@ def test_logits_come_at_supervised_places_in_the_order_of_the_labels(model: Any)
         Example([1, 9, 8, 7, 6, 5], [IGNORED, IGNORED, 8, IGNORED, 6, 5], 0),
         Example([1, 4, 3], [IGNORED, 4, IGNORED], 1),
     ]
-    batch = WRITE.collate(examples, type("Pad", (), {"pad_token_id": 0, "eos_token_id": 2}), recipe())
+    batch = plain_batch(examples, 0)
     with torch.no_grad():
         logits, labels = WRITE.forward_logits(model, batch)
         whole = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
