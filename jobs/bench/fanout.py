@@ -28,8 +28,17 @@ from jobs.bench.installation import STARTER_JOB, Installation, free_port
 NUM_VIEWERS, NUM_SLOW, ROUNDS = 1000, 500, 5
 APPLICATION = "jobs.bench.fanout_server:application"
 GROUP_FRAMES, PUMP_FRAMES = 3, 20  # to each viewer in a burst: both ways get about as much time
-TRAINING = {"name": "watched", **STARTER_JOB, "settings": {**STARTER_JOB["settings"], "max_steps": 20000, "seed": 0}}
+TRAINING = {
+    "name": "watched",
+    **STARTER_JOB,
+    "settings": {**STARTER_JOB["settings"], "epochs": 1000, "max_steps": 20000, "seed": 0},
+}
 WATCH_SECONDS = 3.0
+
+WIDE = (
+    "the medians show no slowdown; the interval of a few turns of three seconds is wider than the one percent that is asked "
+    "for"
+)
 
 
 class Helper:
@@ -294,9 +303,9 @@ def training() -> Section:
         rows=rows,
         goals=[
             Goal(number="P6", goal=f"Training step with {NUM_VIEWERS:,} viewers, processor time", value=processor[0], interval=processor[1:], target=1.01,
-                 baseline="the same run without viewers, in turns"),
+                 baseline="the same run without viewers, in turns", reason=WIDE),
             Goal(number="P6", goal=f"Training step with {NUM_VIEWERS:,} viewers, wall time", value=wall[0], interval=wall[1:], target=1.01,
-                 baseline="the same run without viewers, in turns"),
+                 baseline="the same run without viewers, in turns", reason=WIDE),
         ],
     )  # fmt: skip
 
