@@ -168,6 +168,7 @@ def _launches(bench: Workbench, texts: dict[str, list[str]], tokenizer: Any) -> 
 
 
 def cache_folder() -> Path:
+    """Where the token cache of this process lies."""
     return Path(os.environ["BONSAI_HOME"]) / "cache" / "tokens"
 
 

@@ -208,8 +208,8 @@ def test_examples_fall_into_three_parts_and_the_plan_counts_what_is_read(tiny: T
     assert run.clock.num_samples == len(every - aside) and run.clock.steps_per_epoch == math.ceil(
         len(every - aside) / 4
     )
-    texts = {id(example) for example in run.encoded.holdout}
-    assert not texts & {id(run.encoded.train[index]) for index in aside}
+    held_out = {example.source for example in run.encoded.holdout}
+    assert held_out and not held_out & {run.encoded.train[index].source for index in aside}
 
 
 def test_the_same_seed_sets_the_same_examples_aside_and_repeated_texts_stay_together() -> None:
