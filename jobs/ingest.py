@@ -199,7 +199,7 @@ def _share(batch: _Batch, lines: list[tuple[str, str, str, str, str]]) -> None:
     batch.rows.append((int(lines[0][0]), "metric", int(step), float(moment), _storable(f'{{"rows":[{joined}]}}')))
     batch.highest = max(batch.highest, int(last))
     batch.taken.num_events += len(lines)
-    _note(batch, "metric", int(step), {"rows": json.loads(f"[{rows}]")})
+    _note(batch, "metric", int(step), {"rows": json.loads(f"[{rows}]", parse_constant=_refuse)})
 
 
 def _add_line(batch: _Batch, line: str | bytes) -> None:

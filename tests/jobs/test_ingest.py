@@ -212,6 +212,23 @@ def test_a_backlog_says_what_its_lines_say(
     assert [getattr(one, name) for name in fields] == [getattr(other, name) for name in fields]
 
 
+def test_a_backlog_that_ends_in_a_number_json_does_not_know_is_read_without_that_line(
+    make_job: MakeJob, write_log: Callable[..., EventLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job()
+    log = write_log(job)
+    for step in range(1, 6):
+        log.metric(metric_row(step))
+    log.close()
+    with (job_folder(job.pk) / "events.jsonl").open("ab") as file:
+        file.write(b'{"seq":9,"time":1.5,"kind":"metric","step":9,"data":{"rows":[{"step":NaN}]}}\n')
+    monkeypatch.setattr(ingest, "BACKLOG_LINES", 1)
+    job.refresh_from_db()
+    Ingester(job, job_folder(job.pk), job.lease_epoch).drain()
+    job.refresh_from_db()
+    assert job.done_steps == 5
+
+
 def told(job: Job) -> list[tuple[str, Any]]:
     """What the events of a job say, with neighbouring metric rows together."""
     out: list[tuple[str, Any]] = []
