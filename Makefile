@@ -94,7 +94,7 @@ effects: env-dev ## Measure each method against its baseline (long) and rewrite 
 shots: env-dev ## Take the screenshots of the pages with a real browser
 	@$(PYTEST) tests/e2e -k shots $(ARGS)
 
-bench: env-dev ## Measure every goal (about ten minutes on two cores) and rewrite docs/benchmarks
+bench: env-dev ## Measure every goal (about half an hour on two cores) and rewrite docs/benchmarks
 	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench $(ARGS)
 
 format: env-dev ## Sort imports and format the code

@@ -36,6 +36,9 @@ STEP_AIM, SHARE_AIM = 1.25, 0.95  # of the time of peft's LoRA, for so many of t
 COLUMNS_AIM, OWN_LORA_AIM, HALF_AIM, LADDER_BYTES_AIM = 0.9, 1.0, 0.75, 0.45
 SETTINGS: dict[str, Any] = {"epochs": 50, "batch_size": 4, "max_length": 256, "precision": "fp32", "holdout": 0.05}
 
+# Why half fine-tuning may miss its aim where the word tables are large.
+TABLES = "word tables and output layer, which its card always trains, hold 33 of the 52 million weights of this model; the row with them locked leaves them out"
+
 
 def learners(bench: Workbench, data: str) -> Section:
     """Methods that say what learns, each beside peft's LoRA of the nearest trainable count."""
@@ -97,7 +100,7 @@ def halves(bench: Workbench, data: str) -> Section:
     }
     runs = {name: bench.run(bench.recipe(model, data, [plan, *COMMON], **SETTINGS)) for name, plan in plans.items()}
     timings = interleave({name: _turn(run) for name, run in runs.items()}, rounds=ROUNDS)
-    full, *others = runs
+    full = next(iter(runs))
     section = Section(
         title="Half of the weights",
         columns=("method", "trainable", "step, ms (median)", "spread", "step / full", "95 % interval", "optimizer / full"),
@@ -110,9 +113,8 @@ def halves(bench: Workbench, data: str) -> Section:
         ratio, low, high = ratio_interval(mine.seconds, timings[full].seconds)
         section.rows.append((name, f"{run.trainables.num_elements():,}", f"{mine.median * 1e3:.1f}", f"{mine.spread:.1%}", f"{ratio:.3f}",
                              f"{low:.3f} – {high:.3f}", f"{optimizer_bytes(run.optimizer) / state:.3f}"))  # fmt: skip
-        if name == others[-1]:
-            section.goals.append(Goal(number="P1", goal=f"step time: {name.lower()}", value=ratio, interval=(low, high), target=HALF_AIM,
-                                      baseline="full fine-tuning, same model and batch"))  # fmt: skip
+        section.goals.append(Goal(number="P1", goal=f"step time: {name.lower()}", value=ratio, interval=(low, high), target=HALF_AIM,
+                                  baseline="full fine-tuning, same model and batch", reason=TABLES if "locked" not in name else ""))  # fmt: skip
     section.remarks += [f"{goal.goal}: {goal.value:.2f} ({goal.verdict})." for goal in section.goals]
     return section
 

@@ -167,12 +167,22 @@ def write_goals() -> Path:
     missed = [row for _, row in found if row["met"] is False]
     if missed:
         text += ["", "## Missed, and why", ""]
-        text += [f"- {row['number']}, {row['goal']}: {row['reason'] or 'no reason is known yet.'}" for row in missed]
+        text += [f"- {row['number']}, {row['goal']}: {row['reason'] or _plain_reason(row)}" for row in missed]
     machines = sorted({row["machine"] for _, row in found})
     text += ["", *(f"Machine: {name}." for name in machines)]
     path = DOCS / "goals.md"
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
     return path
+
+
+def _plain_reason(row: dict[str, Any]) -> str:
+    """What the figures themselves say of a miss."""
+    passes = row["value"] >= row["target"] if row["better"] == "more" else row["value"] <= row["target"]
+    return (
+        "the median passes, the end of the interval does not: the rounds differ too much."
+        if passes
+        else "no reason is known yet."
+    )
 
 
 def _figure(value: float) -> str:
