@@ -165,6 +165,14 @@ class TrainSettings(HyperParams):
         suggested="About ten times per run.",
         help="How often the run is saved so that it can go on after an interruption.",
     )
+    keep_checkpoints: int = dial(
+        2,
+        label="Saved states kept",
+        unit="states",
+        low=1,
+        high=1000,
+        help="So many of the newest saved states stay on the disk, and the best one besides. Another run can start from each of them.",
+    )
     seed: int = dial(
         17,
         label="Seed",

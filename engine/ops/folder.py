@@ -17,6 +17,7 @@ import torch
 from engine.core.control import Control, write_json
 from engine.core.errors import EngineError, Fault, Reason, RecipeError
 from engine.core.events import EventLog
+from engine.core.fork import begin_log
 from engine.core.recipe import parse_recipe
 from engine.ops.check import Checked, require
 from engine.train.run import Ending
@@ -35,6 +36,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
     folder = folder.resolve()
     with _alone(folder):
         (folder / RESULT).unlink(missing_ok=True)
+        begin_log(folder)
         log = EventLog(folder)
         control = Control(folder)
         control.listen_for_sigterm()

@@ -21,6 +21,7 @@ from engine.core.compose_work import inner_recipe
 from engine.core.control import Control, write_json
 from engine.core.errors import EngineError
 from engine.core.events import EventLog
+from engine.core.fork import link
 from engine.core.method import Chosen, SearchMethod
 from engine.core.recipe import Recipe, canonical
 from engine.core.space import with_values
@@ -196,15 +197,8 @@ class _Player:
 def _overwrite(donor: Path, receiver: Path) -> None:
     """The donor's checkpoints in the receiver's place, as links to the same files: nobody writes into a finished checkpoint."""
     shutil.rmtree(receiver / CHECKPOINTS, ignore_errors=True)
-    shutil.copytree(donor / CHECKPOINTS, receiver / CHECKPOINTS, copy_function=_link)
+    shutil.copytree(donor / CHECKPOINTS, receiver / CHECKPOINTS, copy_function=link)
     shutil.copyfile(donor / "events.jsonl", receiver / "events.jsonl")  # its steps up to here are the donor's
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copyfile(source, target)
 
 
 def _finished(record: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from engine.core.control import Control
-from engine.core.errors import bad_input
+from engine.core.errors import RecipeError, bad_input
 from engine.core.events import EventLog
+from engine.core.fork import Fork, changed, fork_faults, fork_of
 from engine.core.recipe import Recipe
+from engine.core.space import Knob, is_live
 from engine.ops.check import Checked
 from engine.tasks import task as task_named
 from engine.tasks.base import Encoded, Task
@@ -61,8 +63,21 @@ def announce(run: Run) -> None:
             "torch": torch.__version__,
         },
     )
+    origin = fork_of(run.folder)
+    if origin is not None and run.clock.step == origin.step:
+        run.log.emit("log", {"level": "info", "message": _comes_from(origin, run.recipe)}, step=origin.step)
     verb = f"Going on from step {run.clock.step:,}" if run.clock.step else "Learning"
     run.log.emit("state", {"state": "running", "message": f"{verb} with {count:,} numbers that may change."})
+
+
+def _comes_from(origin: Fork, recipe: Recipe) -> str:
+    differs = [
+        f"{name.removeprefix('settings.')} is {after} instead of {before}"
+        for name, (before, after) in changed(origin.recipe, recipe).items()
+    ]
+    return f"Goes on from step {origin.step:,} of “{origin.name}”" + (
+        f": {', '.join(differs)}." if differs else ", unchanged."
+    )
 
 
 def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, forked: bool = False) -> Run:
@@ -89,9 +104,10 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
     snapshot, complaints = checkpoint.newest(folder)
     for complaint in complaints:
         log.emit("log", {"level": "warning", "message": complaint})
+    fresh_plan = snapshot is not None and snapshot.values["fingerprint"] != recipe.fingerprint()
     if snapshot is not None:
-        if not forked:
-            _refuse_other_recipe(snapshot, recipe)
+        if fresh_plan and not forked:
+            _refuse_other_recipe(folder, snapshot, recipe)
         restore_structure(slots, snapshot)
     trainables = collect(model, slots.parametrizations, task.fresh(model))
     if snapshot is not None:
@@ -119,7 +135,7 @@ def prepare(checked: Checked, folder: Path, log: EventLog, control: Control, *, 
         control=control,
     )
     if snapshot is not None:
-        run.restore(snapshot)
+        run.restore(snapshot, fresh_plan=fresh_plan)
     if settings.gradient_checkpointing == "on":
         recompute(run, offload=settings.activation_offload == "on")
     return run
@@ -147,8 +163,10 @@ def recompute(run: Run, *, offload: bool) -> None:
         setattr(block, "gradient_checkpointing", False)  # noqa: B010
 
 
-def _refuse_other_recipe(snapshot: Snapshot, recipe: Recipe) -> None:
-    if snapshot.values["fingerprint"] != recipe.fingerprint():
+def _refuse_other_recipe(folder: Path, snapshot: Snapshot, recipe: Recipe) -> None:
+    """A checkpoint of another recipe may only be that of the run from which this one was forked, with changes that a run survives."""
+    origin = fork_of(folder)
+    if origin is None or snapshot.values["fingerprint"] != origin.recipe.fingerprint():
         raise bad_input(
             "recipe",
             "This folder holds checkpoints of another recipe.",
@@ -156,6 +174,9 @@ def _refuse_other_recipe(snapshot: Snapshot, recipe: Recipe) -> None:
             "Start it as a new run.",
             "other_recipe",
         )
+    faults = fork_faults(origin.recipe, recipe, lambda name: is_live(Knob(name=name), recipe))
+    if faults:
+        raise RecipeError(faults)
 
 
 def plan(recipe: Recipe, task: Task, encoded: Encoded, seed: int, policies: Sequence[DataPolicy] = ()) -> Clock:

@@ -128,7 +128,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, best_step: int | None, keep_last: int = 2) -> None:
-    """Keep the last two and the best; clear what a crash left half written."""
+    """Keep the last ones and the best; clear what a crash left half written."""
     paths = listed(folder)
     for path in paths[:-keep_last]:
         if int(path.name.removeprefix("step-")) != best_step:

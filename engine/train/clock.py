@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+_PLAN = frozenset({"total_steps", "steps_per_epoch", "num_samples"})
+
 
 @dataclass(kw_only=True)
 class Clock:
@@ -42,6 +44,8 @@ class Clock:
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, plan: bool = True) -> None:
+        """Stand where `state` stood; without `plan`, what is planned stays as it is."""
         for name, value in state.items():
-            setattr(self, name, value)
+            if plan or name not in _PLAN:
+                setattr(self, name, value)

@@ -114,7 +114,7 @@ class Run:
         )
         self.update_rule = slots.update_rule
         self.folder, self.log, self.control = folder, log, control
-        self.saving = CheckpointWriter(folder, log)
+        self.saving = CheckpointWriter(folder, log, recipe.settings.keep_checkpoints)
         self.settings = recipe.settings
         self.device = torch.device(facts.machine.device)
         self.amp = recipe.settings.precision == "bf16"
@@ -338,10 +338,13 @@ class Run:
             },
         )
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Continue exactly where a snapshot was taken; `restore_structure` ran before the trainables were collected."""
+    def restore(self, snapshot: Snapshot, *, fresh_plan: bool = False) -> None:
+        """Continue exactly where a snapshot was taken; `restore_structure` ran before the trainables were collected.
+
+        fresh_plan: the snapshot comes from a run with another plan; how far to go, and whether it is over, this run's recipe says.
+        """
         values = snapshot.values
-        self.clock.load_state_dict(values["clock"])
+        self.clock.load_state_dict(values["clock"], plan=not fresh_plan)
         for name, part in self.slots.names.items():
             if part not in self.slots.parametrizations:
                 part.load_state_dict(checkpoint.join_state(f"part/{name}", snapshot.tensors, values["parts"][name]))
@@ -353,7 +356,7 @@ class Run:
             buffer.copy_(snapshot.tensors[name])
         self.sync()
         self.best, self.first_scores, self.scores = values["best"], values["first_scores"], values["scores"]
-        self.ending = Ending(**values["ending"]) if values["ending"] else None
+        self.ending = Ending(**values["ending"]) if values["ending"] and not fresh_plan else None
         order: list[int] = snapshot.tensors["order"].tolist()
         if order:
             self._start_epoch(order)

@@ -31,8 +31,8 @@ class CheckpointWriter:
     Where memory is too short for a copy, the checkpoint is written from the tensors of the run, and the run waits.
     """
 
-    def __init__(self, folder: Path, log: EventLog) -> None:
-        self.folder, self.log = folder, log
+    def __init__(self, folder: Path, log: EventLog, keep: int = 2) -> None:
+        self.folder, self.log, self.keep = folder, log, keep  # so many of the newest stay, and the best one
         self._copies: dict[tuple[str, str], Tensor] = {}  # (file, tensor) -> a buffer of its shape and type
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -91,7 +91,7 @@ class CheckpointWriter:
                 arrived.synchronize()
             self.log.settle()
             path = checkpoint.save(self.folder, draft)
-            checkpoint.prune(self.folder, best_step)
+            checkpoint.prune(self.folder, best_step, self.keep)
             self._news = (
                 draft.step,
                 {"path": f"{checkpoint.FOLDER}/{path.name}", "best": best_step == draft.step},
