@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -216,8 +216,12 @@ class Create:
     dataset: Dataset | None = None
     model: ModelEntry | None = None
     again_of: Job | None = None
+    fork_step: int | None = None  # of `again_of`, where the new run goes on
     idempotency_key: str = ""
     priority: int = 0
+    lay: Callable[[Job], None] | None = (
+        None  # prepares the folder of the new job, or raises; undone when the job is not begun
+    )
 
     def check(self, user: Person) -> str | None:
         """Why `user` cannot queue a job now, or None. What is wrong with the recipe itself, `execute` says."""
@@ -259,6 +263,7 @@ class Create:
             dataset=resolved.dataset,
             model=resolved.model,
             again_of=self.again_of,
+            fork_step=self.fork_step,
             request=resolved.request,
             recipe=answer["recipe"],
             suggestions=answer.get("suggestions", []),
@@ -268,11 +273,14 @@ class Create:
             priority=self.priority,
             total_steps=answer.get("estimate", {}).get("total_steps") or 0,
         )
+        if self.lay is not None:
+            self.lay(job)
         try:
             with transaction.atomic():
                 begin(job, user.get_username())
                 tasks.enqueue(job.pk)
         except IntegrityError:
+            shutil.rmtree(job_folder(job.pk), ignore_errors=True)
             earlier = self._earlier(resolved.request)
             if earlier is None:
                 raise

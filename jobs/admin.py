@@ -71,6 +71,7 @@ class JobAdmin(ModelAdmin):
         "dataset",
         "model",
         "again_of",
+        "fork_step",
         "request",
         "recipe",
         "suggestions",

@@ -93,6 +93,11 @@ class Job(models.Model):
     dataset = models.ForeignKey(Dataset, null=True, on_delete=models.SET_NULL, related_name="jobs")
     model = models.ForeignKey(ModelEntry, null=True, on_delete=models.SET_NULL, related_name="jobs")
     again_of = models.ForeignKey("self", null=True, blank=True, on_delete=models.SET_NULL, related_name="repeats")
+    fork_step = models.IntegerField(
+        null=True,
+        blank=True,
+        help_text="The step of that other run at which this one goes on; empty when it began at the beginning.",
+    )
     request = models.JSONField(help_text="The recipe as it was asked for.")
     recipe = models.JSONField(help_text="The recipe as it runs, every open setting filled.")
     suggestions = models.JSONField(default=list)

@@ -10,11 +10,21 @@ from ninja import Body, Header, Query, Router, Status
 
 from engine.core.errors import Fault
 from engine.core.recipe import Recipe
-from jobs import access, actions, downloads
+from jobs import access, actions, downloads, forks
 from jobs.api.auth import who
 from jobs.api.paging import Limit, Order, Page, ordered, paged
 from jobs.api.problems import NOT_FOUND, Problem, refuse
-from jobs.api.schemas import CheckOut, EventsOut, JobDetail, JobList, job_detail, job_out
+from jobs.api.schemas import (
+    CheckOut,
+    EventsOut,
+    ForkIn,
+    JobDetail,
+    JobList,
+    SavedStates,
+    TreeOut,
+    job_detail,
+    job_out,
+)
 from jobs.models import Event, Job
 from jobs.series import Axis, Window, series
 
@@ -136,6 +146,48 @@ def repeat_job(request: HttpRequest, response: HttpResponse, job_id: uuid.UUID, 
     return _accepted(request, response, actions.Again(_visible(request, job_id), idempotency_key=key))
 
 
+@router.get("/{uuid:job_id}/checkpoints", response=SavedStates, summary="Saved states of a run")
+def list_checkpoints(request: HttpRequest, job_id: uuid.UUID) -> Any:
+    """From each of them a fork can go on. A run keeps its newest states and its best one (settings.keep_checkpoints)."""
+    job = _visible(request, job_id)
+    states = [{"step": s.step, "best": s.best, "metrics": s.metrics} for s in forks.saved_states(job)]
+    return {
+        "checkpoints": states,
+        "knobs": {name: forks.value_of(job.recipe, name) for name in forks.knobs(job.recipe)},
+    }
+
+
+@router.post("/{uuid:job_id}/fork", response={202: JobDetail}, summary="Go on from a saved state, with changes")
+def fork_job(request: HttpRequest, response: HttpResponse, job_id: uuid.UUID, payload: ForkIn, key: Key = "") -> Any:
+    """A new job that goes on where this one stood at that step: weights, optimizer, data order and counters. What may change is how far
+    to go and what a run survives between two steps; anything else is refused. A larger settings.epochs goes on with a finished run."""
+    fork = forks.Fork(
+        job=_visible(request, job_id),
+        step=payload.step,
+        changes=payload.changes,
+        name=payload.name,
+        idempotency_key=key,
+    )
+    return _accepted(request, response, fork)
+
+
+@router.get("/{uuid:job_id}/tree", response=TreeOut, summary="The family of a run")
+def get_tree(request: HttpRequest, job_id: uuid.UUID) -> Any:
+    """Every run that came from the same first run, by repeating or forking, as far as you may see it."""
+    job = _visible(request, job_id)
+    return {"tree": _branch(forks.family(job, who(request)) or forks.Branch(job=job))}
+
+
+def _branch(branch: forks.Branch) -> dict[str, Any]:
+    job = branch.job
+    return {
+        "id": job.pk, "name": job.name, "status": job.status, "fork_step": job.fork_step, "done_steps": job.done_steps,
+        "total_steps": job.total_steps, "metrics": job.metrics,
+        "changes": [{"name": name, "before": before, "after": after} for name, before, after in branch.changes],
+        "children": [_branch(child) for child in branch.children],
+    }  # fmt: skip
+
+
 @router.get("/{uuid:job_id}/events", response=EventsOut, summary="Events after a number")
 def list_events(
     request: HttpRequest,
@@ -197,7 +249,7 @@ def _visible(request: HttpRequest, job_id: uuid.UUID) -> Job:
     return row
 
 
-def _execute(request: HttpRequest, action: actions.JobAction | actions.Create) -> Job:
+def _execute(request: HttpRequest, action: actions.JobAction | actions.Create | forks.Fork) -> Job:
     try:
         return action.execute(who(request))
     except actions.ActionRefused as error:
@@ -211,7 +263,9 @@ def _execute(request: HttpRequest, action: actions.JobAction | actions.Create) -
         ) from None
 
 
-def _accepted(request: HttpRequest, response: HttpResponse, action: actions.JobAction | actions.Create) -> Any:
+def _accepted(
+    request: HttpRequest, response: HttpResponse, action: actions.JobAction | actions.Create | forks.Fork
+) -> Any:
     job = _execute(request, action)
     response["Location"] = f"/api/v1/jobs/{job.pk}"
     return Status(202, job_detail(job, who(request).pk))

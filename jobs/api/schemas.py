@@ -150,6 +150,9 @@ class JobOut(Schema):
     dataset: uuid.UUID | None
     model: uuid.UUID | None
     again_of: uuid.UUID | None
+    fork_step: int | None = Field(
+        description="The step of again_of at which this run goes on; null from the beginning."
+    )
     artifact: uuid.UUID | None
     stop_request: str
     attempt: int
@@ -181,6 +184,49 @@ class JobList(PageInfo):
     """A page of jobs."""
 
     items: list[JobOut]
+
+
+class SavedStateOut(Schema):
+    """A checkpoint from which another run can go on."""
+
+    step: int
+    best: bool
+    metrics: dict[str, Any] = Field(description="The newest evaluation up to there.")
+
+
+class SavedStates(Schema):
+    """The saved states of a run, newest first, and what a fork may change."""
+
+    checkpoints: list[SavedStateOut]
+    knobs: dict[str, Any] = Field(description="Dotted name to present value of everything that may change in a fork.")
+
+
+class ForkIn(Strict):
+    """A run that goes on from a saved state of another one."""
+
+    step: int | None = Field(default=None, ge=0, le=2**53, description="Of the saved state; without it, the newest.")
+    changes: dict[str, Any] = Field(default={}, description="Dotted name to new value, such as settings.learning_rate.")
+    name: str = Field(default="", max_length=200)
+
+
+class BranchOut(Schema):
+    """A run in its family."""
+
+    id: uuid.UUID
+    name: str
+    status: str
+    fork_step: int | None
+    done_steps: int
+    total_steps: int
+    metrics: dict[str, Any]
+    changes: list[dict[str, Any]] = Field(description="What differs from the run it came from: name, before, after.")
+    children: list[BranchOut]
+
+
+class TreeOut(Schema):
+    """The runs that came from one run, by repeating or forking."""
+
+    tree: BranchOut
 
 
 class EventOut(Schema):
@@ -382,6 +428,7 @@ def job_out(row: Job, user_id: int | None) -> dict[str, Any]:
         "dataset": row.dataset_id,
         "model": row.model_id,
         "again_of": row.again_of_id,
+        "fork_step": row.fork_step,
         "artifact": artifact.id if artifact else None,
         "stop_request": row.stop_request,
         "attempt": row.attempt,

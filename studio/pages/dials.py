@@ -166,6 +166,11 @@ def text_of(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) if isinstance(value, dict) else str(value)
 
 
+def setting_words(value: Any) -> str:
+    """The value of a dial for a reader: yes, no, a number, a dash for none."""
+    return {"true": "yes", "false": "no", "": "–"}.get(text_of(value), text_of(value))
+
+
 def _is_bare(item: Any) -> bool:
     """Whether an item of a list needs no quotes."""
     text = str(item)

@@ -20,19 +20,19 @@ from django.template.loader import render_to_string
 from django.urls import URLPattern, path, reverse
 from django.views.decorators.http import require_GET, require_http_methods
 
-from jobs import actions
+from jobs import actions, forks
 from jobs.access import Person, jobs_for
 from jobs.downloads import METRICS
 from jobs.models import ACTIVE, TERMINAL, Event, Job, Status
 from jobs.plain import Refused, faults_of
 from jobs.series import series
-from studio.pages import results, telling, words
+from studio.pages import forking, results, telling, words
 from studio.pages.verdict import verdict
 
 RUNS_A_PAGE = 20
 SPARK_POINTS = 80
 FIRST_LOOK = 0.1  # of the planned examples, unless a method of the run looks earlier or later
-PARTS = ("head", "strip", "notice", "signals", "numbers", "samples", "table", "log", "machine")
+PARTS = ("head", "strip", "notice", "signals", "numbers", "samples", "table", "states", "log", "machine")
 NOT_MEASURED = {"eval_loss": None, "eval_accuracy": None, "samples": None}
 STORY = ("log", "state", "status", "checkpoint", "child")
 TABS = {
@@ -167,7 +167,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
     ]
     story = list(Event.objects.filter(job=job, kind__in=STORY).order_by("-seq")[:200])
     newest = Event.objects.filter(job=job, kind="metric").order_by("-seq").first()
-    signals = [{**event.data, "step": event.step} for event in events if event.kind == "signal"]
+    signals = [{**event.data, "step": event.step, "seq": event.seq} for event in events if event.kind == "signal"]
     evaluations = [{**NOT_MEASURED, **event.data, "step": event.step} for event in events if event.kind == "evaluation"]
     row = {**dict.fromkeys(METRICS), **(newest.data["rows"][-1] if newest else {})}  # templates see None, never a hole
     last: dict[str, Any] = next((event.data for event in story if event.kind == "state"), {})
@@ -186,7 +186,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
         "possible": [slug for slug, obstacle in actions.available(job, request.user).items() if obstacle is None],
         "queue_place": telling.in_front(job, request.user) if job.status == Status.QUEUED else None,
         "remedy": telling.remedy(job), "methods": telling.methods(job), "first_look": first_look(job),
-        "repeats": list(job.repeats.order_by("-created")[:5]) if job.status in TERMINAL else [],
+        "states": forking.shown_states(job), "family": forks.family(job, request.user),
     }  # fmt: skip
 
 
@@ -340,6 +340,7 @@ urlpatterns: list[URLPattern] = [
     path("runs/", runs, name="runs"),
     path("runs/<uuid:pk>/", run, name="run"),
     path("runs/<uuid:pk>/parts/", run_parts, name="run-parts"),
+    path("runs/<uuid:pk>/fork/", forking.run_fork, name="run-fork"),
     path("runs/<uuid:pk>/<slug:action>/", run_action, name="run-action"),
     path("results/", results.results, name="results"),
     path("results/<uuid:pk>/", results.result, name="result"),

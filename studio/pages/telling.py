@@ -14,10 +14,17 @@ from jobs.catalogue import catalogue
 from jobs.models import ACTIVE, Job, Status
 from jobs.plain import Refused
 from studio.pages import words
+from studio.pages.dials import setting_words
 
 PATIENCE_SECONDS = 30.0  # after the engine could not be asked
 _asked_again_at = 0.0
 LEARNING = ("train", "flow", "search")
+OTHER_INPUTS = {
+    "data": "other data",
+    "model": "another model",
+    "models": "other models besides",
+    "task": "another goal",
+}
 EARLY = 0.1  # of the steps; before that, no news is no news
 VERBS = {
     Status.QUEUED: "Will learn to",
@@ -75,6 +82,27 @@ def leading(job: Job) -> str:
     shaping = [method["title"] for method in chosen if method["slot"] == "parametrization"]
     heads = [method["title"] for method in chosen if method["role"] not in ("", "train")]
     return words.spoken([*heads, *shaping] or [method["title"] for method in chosen[:1]])
+
+
+def dial_title(name: str) -> str:
+    """What people call a setting: "Learning rate" for settings.learning_rate; the name itself where nobody knows it."""
+    head, _, leaf = name.partition(".")
+    cards = {card["slug"]: card for card in known().get("methods", [])}
+    schema = known().get("settings", {}) if head == "settings" else cards.get(head, {}).get("schema", {})
+    return str(schema.get("properties", {}).get(leaf, {}).get("title") or leaf.replace("_", " ") or head)
+
+
+def difference(name: str, before: Any, after: Any) -> str:
+    """One difference between two recipes, in words: "learning rate 0.001 instead of 0.01"."""
+    if name in OTHER_INPUTS:
+        return OTHER_INPUTS[name]
+    if name.startswith("methods["):
+        titles = {card["slug"]: str(card["title"]) for card in known().get("methods", [])}
+        mine, theirs = (titles.get(slug, slug) if slug else "" for slug in (after, before))
+        return f"{mine} instead of {theirs}" if mine and theirs else f"with {mine}" if mine else f"without {theirs}"
+    one, other = (setting_words(value) for value in (after, before))
+    title = dial_title(name)
+    return f"{title[:1].lower()}{title[1:]} {one} instead of {other}"
 
 
 def learns(job: Job) -> bool:

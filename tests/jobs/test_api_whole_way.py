@@ -230,9 +230,35 @@ def test_a_lora_that_sorts_texts(installation: Studio, program: Studio, tmp_path
 
     table = program.ask("GET", f"jobs/{job['id']}/events.csv", 200).text
     assert table.count("metric") == 12
+    _goes_on(installation, program, job)
     again = program.json("POST", f"jobs/{job['id']}/again", 202)
     assert (again["again_of"], again["fingerprint"]) == (job["id"], job["fingerprint"])
     program.json("POST", f"jobs/{again['id']}/cancel", 202)
+
+
+def _goes_on(installation: Studio, program: Studio, job: dict[str, Any]) -> None:
+    """A finished run goes on from its last saved state, with more steps and a smaller rate; what it was built with cannot change."""
+    saved = program.json("GET", f"jobs/{job['id']}/checkpoints")
+    assert saved["checkpoints"][0]["step"] == 12 and any(state["best"] for state in saved["checkpoints"])
+    assert {"settings.learning_rate", "settings.max_steps"} <= saved["knobs"].keys()
+    fork = f"jobs/{job['id']}/fork"
+    (fault,) = program.json("POST", fork, 422, json={"changes": {"settings.batch_size": 3}})["faults"]
+    assert (fault["code"], fault["where"]) == ("not_live", "settings.batch_size")
+    for wrong, code in (({"step": 5}, "no_checkpoint"), ({"changes": {"nonsense": 1}}, "unknown_setting")):
+        assert [f["code"] for f in program.json("POST", fork, 422, json=wrong)["faults"]] == [code]
+    changes = {"settings.max_steps": 16, "settings.learning_rate": saved["knobs"]["settings.learning_rate"] / 2}
+    made = program.json("POST", fork, 202, json={"changes": changes, "name": "longer"})
+    _follow(installation, made["id"])
+    longer = program.json("GET", f"jobs/{made['id']}")
+    assert (longer["again_of"], longer["fork_step"], longer["done_steps"]) == (job["id"], 12, 16)
+    table = program.ask("GET", f"jobs/{longer['id']}/events.csv", 200).text
+    assert table.count("metric") == 16, "the curve up to the fork is part of it"
+    tree = program.json("GET", f"jobs/{longer['id']}/tree")["tree"]
+    assert tree["id"] == job["id"] and [child["id"] for child in tree["children"]] == [longer["id"]]
+    assert {change["name"] for change in tree["children"][0]["changes"]} == {
+        "settings.max_steps",
+        "settings.learning_rate",
+    }
 
 
 def test_a_story_teller_added_by_staff(

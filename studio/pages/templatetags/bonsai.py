@@ -16,8 +16,8 @@ from django.utils.text import slugify
 from django.utils.timesince import timesince
 
 from jobs.models import Job, Status
-from studio.pages import words
-from studio.pages.dials import Dial, text_of
+from studio.pages import telling, words
+from studio.pages.dials import Dial, setting_words
 from studio.pages.glossary import GLOSSARY
 
 register = template.Library()
@@ -29,6 +29,16 @@ register.filter("spoken", words.spoken)
 register.filter("progress_words", words.progress)
 register.filter("health_words", words.health)
 register.filter("headline", words.headline)
+register.filter("setting_words", setting_words)
+
+
+@register.filter
+def difference_words(changes: Sequence[tuple[str, Any, Any]]) -> str:
+    """What differs between two recipes, as one phrase; after the fourth it is only counted."""
+    told = [telling.difference(*change) for change in changes[:4]]
+    if len(changes) > 4:
+        told.append(f"{len(changes) - 4} more")
+    return telling.capital(words.spoken(told))
 
 
 @register.filter
@@ -36,12 +46,6 @@ def counted(value: int | None, noun: str) -> str:
     """{{ 3|counted:"row" }} or {{ 3|counted:"entry,entries" }}."""
     one, _, many = noun.partition(",")
     return words.count(value, one, many)
-
-
-@register.filter
-def setting_words(value: Any) -> str:
-    """The value of a dial for a reader: yes, no, a number, a dash for none."""
-    return {"true": "yes", "false": "no", "": "–"}.get(text_of(value), text_of(value))
 
 
 @register.filter
