@@ -108,12 +108,20 @@ def answer_certify(request: Answer) -> Answer:
     return {"certificate": certify(Path(str(request["artifact"])))}
 
 
+def answer_compare(request: Answer) -> Answer:
+    """The held-out scores and answers of several results, side by side."""
+    from engine.ops.compare import compare
+
+    return compare([Path(str(folder)) for folder in request.get("artifacts", [])])
+
+
 HERE: dict[str, Callable[[Answer], Answer]] = {"ping": answer_ping, "catalogue": answer_catalogue}
 FORKED: dict[str, Callable[[Answer], Answer]] = {
     "check": answer_check,
     "model_facts": answer_model_facts,
     "predict": answer_predict,
     "certify": answer_certify,
+    "compare": answer_compare,
     "device": answer_device,
 }
 

@@ -26,6 +26,7 @@ MODULES = (
     "engine.io.machine",
     "engine.io.skeleton",
     "engine.ops.check",
+    "engine.ops.compare",
     "engine.ops.folder",
     "engine.ops.flow",
     "engine.ops.generate",

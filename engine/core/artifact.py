@@ -7,6 +7,7 @@ Layout of an artifact folder, written by `engine.train.export`:
     adapter/               the adapter in its own or in the peft layout (absent for full fine-tuning)
     lora/                  the exact LoRA form in the peft layout, where one exists
     merged/                a plain model directory that transformers loads
+    heldout.json           what each held-out example came to: its row in the data, loss, weight, and whether the answer is right, where that can be said
     reference.safetensors  held-out inputs and the logits of the trained model on them
     certificate.json       what a clean process found when it loaded the export with the official loaders
     manifest.json          {"files": {relative path: {"bytes", "sha256"}}, "id": sha256 over that mapping}
@@ -22,7 +23,7 @@ from typing import Any
 from engine.core.control import write_json
 from engine.core.recipe import canonical
 
-MANIFEST = "manifest.json"
+MANIFEST, HELDOUT = "manifest.json", "heldout.json"
 _OUTSIDE = {MANIFEST, "certificate.json"}  # the certificate is about the content, so it is not part of it
 
 

@@ -122,6 +122,13 @@ class Task:
         """eval_loss, eval_loss_se, and the task's own metrics (eval_accuracy, eval_macro_f1, eval_perplexity …), in eval mode, no grad."""
         raise NotImplementedError
 
+    def judged(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> list[dict[str, Any]]:
+        """What `evaluate` sums up, for each held-out example: {"row": its number in the data, "loss", "weight"}, and where the task has them
+        "right", "prompt", "output", "expected"."""
+        raise NotImplementedError
+
     def pieces(self, row: Sequence[int], tokenizer: Any) -> list[Sequence[int]]:
         """A row of tokens, cut where the model does not look back beyond."""
         return [row]

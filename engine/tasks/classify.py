@@ -115,6 +115,21 @@ class Classify(Task):
         logits = self._logits(model, encoded.holdout, tokenizer.pad_token_id, device)
         return _scores(functional.log_softmax(logits, dim=-1), _classes(encoded.holdout))
 
+    def judged(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> list[dict[str, Any]]:
+        logits = self._logits(model, encoded.holdout, tokenizer.pad_token_id, device)
+        truth, labels = _classes(encoded.holdout), Sorter(model, tokenizer).labels
+        losses = functional.nll_loss(functional.log_softmax(logits, dim=-1), truth, reduction="none").tolist()
+        found = zip(
+            encoded.holdout, encoded.holdout_rows, losses, logits.argmax(-1).tolist(), truth.tolist(), strict=True
+        )
+        return [
+            {"row": example.source, "loss": loss, "weight": 1.0, "right": said == meant,
+             "prompt": str(row["text"]), "output": labels[said], "expected": labels[meant]}
+            for example, row, loss, said, meant in found
+        ]  # fmt: skip
+
     def baseline(
         self,
         untouched: Callable[[], nn.Module],

@@ -140,6 +140,30 @@ class LanguageTask(Task):
         self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
     ) -> dict[str, Any]:
         """Token-weighted mean loss; its standard error is that of a ratio of sums over examples."""
+        sums, counts = self._sums(model, examples, tokenizer, device)
+        total, number = float(counts.sum()), len(examples)
+        loss = float(sums.sum()) / total if total else math.nan
+        spread = float(((sums - loss * counts) ** 2).sum()) * number / max(1, number - 1)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {
+            "eval_loss": loss,
+            "eval_loss_se": math.sqrt(spread) / total if total else math.nan,
+            "eval_perplexity": perplexity,
+        }
+
+    def judged(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> list[dict[str, Any]]:
+        sums, counts = self._sums(model, encoded.holdout, tokenizer, device)
+        return [
+            {"row": example.source, "loss": total / weight if weight else None, "weight": weight}
+            for example, total, weight in zip(encoded.holdout, sums.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def _sums(
+        self, model: nn.Module, examples: Sequence[Example], tokenizer: Any, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, number of supervised tokens) of each example, fp64 [N]."""
         lengths = lengths_of(examples)
         by_length = sorted(range(len(examples)), key=lengths.__getitem__)
         sums, counts = torch.zeros(len(examples), dtype=torch.float64), torch.zeros(len(examples), dtype=torch.float64)
@@ -151,15 +175,7 @@ class LanguageTask(Task):
                 place = torch.tensor(indices)[owners(batch, [lengths[index] for index in indices])]
                 sums.index_add_(0, place, losses)
                 counts.index_add_(0, place, torch.ones_like(losses))
-        total, number = float(counts.sum()), len(examples)
-        loss = float(sums.sum()) / total if total else math.nan
-        spread = float(((sums - loss * counts) ** 2).sum()) * number / max(1, number - 1)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return {
-            "eval_loss": loss,
-            "eval_loss_se": math.sqrt(spread) / total if total else math.nan,
-            "eval_perplexity": perplexity,
-        }
+        return sums, counts
 
     def baseline(
         self,

@@ -122,16 +122,7 @@ class Preference(LanguageTask):
 
         eval_accuracy is the share of pairs of which it prefers the better answer, eval_chosen_loss the loss per token of the better answers.
         """
-        margins: list[Tensor] = []
-        chosen: list[Tensor] = []
-        with measuring(model):
-            for start in range(0, len(encoded.holdout), 8):
-                batch = moved(pair_batch(encoded.holdout[start : start + 8], tokenizer.pad_token_id), device)
-                sums, counts = self.sequence_scores(model, batch)
-                better, worse = (sums / counts).chunk(2)
-                margins.append((better - worse).double().cpu())
-                chosen.append(better.double().cpu())
-        margin, nll = torch.cat(margins), -torch.cat(chosen)
+        margin, nll = self._margins(model, encoded, tokenizer, device)
         losses = functional.softplus(-margin)
         count = len(margin)
         right = (margin > 0).double()
@@ -145,6 +136,33 @@ class Preference(LanguageTask):
             "general_loss": general["eval_loss"],
             "general_loss_se": general["eval_loss_se"],
         }
+
+    def judged(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> list[dict[str, Any]]:
+        margin, _ = self._margins(model, encoded, tokenizer, device)
+        losses = functional.softplus(-margin).tolist()
+        return [
+            {"row": pair.source, "loss": loss, "weight": 1.0, "right": difference > 0, "prompt": str(row["prompt"])}
+            for pair, row, loss, difference in zip(
+                encoded.holdout, encoded.holdout_rows, losses, margin.tolist(), strict=True
+            )
+        ]
+
+    def _margins(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """(mean log-probability per token of the better answer minus that of the worse one, loss per token of the better one), fp64 [N]."""
+        margins: list[Tensor] = []
+        chosen: list[Tensor] = []
+        with measuring(model):
+            for start in range(0, len(encoded.holdout), 8):
+                batch = moved(pair_batch(encoded.holdout[start : start + 8], tokenizer.pad_token_id), device)
+                sums, counts = self.sequence_scores(model, batch)
+                better, worse = (sums / counts).chunk(2)
+                margins.append((better - worse).double().cpu())
+                chosen.append(better.double().cpu())
+        return torch.cat(margins), -torch.cat(chosen)
 
     def sequence_scores(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(sum of log-probabilities [2 B], number of counted tokens [2 B]) of every row, with gradient, in fp32."""

@@ -141,6 +141,17 @@ class Verifiable(LanguageTask):
             **scores,
         }
 
+    def judged(
+        self, model: nn.Module, encoded: Encoded, tokenizer: Any, recipe: Recipe, device: torch.device
+    ) -> list[dict[str, Any]]:
+        found = super().judged(model, encoded, tokenizer, recipe, device)
+        rows = encoded.holdout_rows[:MAX_MEASURED]
+        texts = self.answers(model, rows, tokenizer, recipe.settings.max_length or 512)
+        for item, row, text in zip(found, rows, texts, strict=False):
+            item |= {"right": self.reward(row, text) > 0, "prompt": str(row["question"]), "output": text,
+                     "expected": str(self.reference(row))}  # fmt: skip
+        return found
+
     def answers(self, model: nn.Module, rows: Sequence[Row], tokenizer: Any, length: int) -> list[str]:
         """The likeliest answer to each question, without hints; question and answer together have at most `length` tokens."""
         prompts = [self.prompt_ids(row, tokenizer) for row in rows]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from engine import __version__
 from engine.client import Engine
-from engine.core.artifact import seal
+from engine.core.artifact import HELDOUT, seal
 from engine.core.control import write_json
 from engine.core.errors import EngineError, bad_input
+from engine.core.events import finite
 from engine.core.facts import DataFacts
 from engine.core.method import Composition
 from engine.core.recipe import Recipe, parse_recipe_text
@@ -35,6 +36,7 @@ from engine.train.trainables import collect
 
 ARTIFACT = "artifact"
 NUM_REFERENCE = 32
+MOST_HELDOUT, MOST_CHARACTERS = 2000, 600  # examples that are kept one by one, and of each text in them
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 
 
@@ -49,6 +51,7 @@ def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
     beside.mkdir()
     _write_reference(run, beside)
     samples = _samples(run)
+    _write_heldout(run, beside)
 
     forms: dict[str, str] = {}
     several = len(run.slots.parametrizations) > 1
@@ -361,6 +364,18 @@ def _write_reference(run: Run, folder: Path) -> None:
         tensors.update({f"{number}/{key}": value for key, value in batch.items()})
         tensors[f"{number}/logits"] = logits.float().cpu()
     save_tensors(folder / "reference.safetensors", tensors)
+
+
+def _write_heldout(run: Run, folder: Path) -> None:
+    """How each held-out example fares: what two runs on the same data are compared by."""
+    run.model.eval()
+    kept = slice(0, MOST_HELDOUT)
+    encoded = replace(run.encoded, holdout=run.encoded.holdout[kept], holdout_rows=run.encoded.holdout_rows[kept])
+    with torch.random.fork_rng(devices=[]), run.autocast():
+        found = run.task.judged(run.model, encoded, run.tokenizer, run.recipe, run.device)
+    for item in found:
+        item |= {key: value[:MOST_CHARACTERS] for key, value in item.items() if isinstance(value, str)}
+    write_json(folder / HELDOUT, finite(found))
 
 
 def _samples(run: Run) -> list[dict[str, str]]:
