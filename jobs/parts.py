@@ -108,7 +108,7 @@ def web_command(host: str, port: int | str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "uvicorn",
+        "jobs.serve",
         "studio.asgi:application",
         "--host",
         host,

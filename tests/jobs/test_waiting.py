@@ -21,7 +21,7 @@ def test_a_click_is_soon_a_step_and_the_web_process_stays_free_of_torch(monkeypa
         assert len(studio.visit_every_page(limit=80)) > 60
         assert maps_library(pids["engine"], "libtorch"), "the engine service does hold it"
         assert not maps_library(pids["web"], "libtorch")
-        assert resident_megabytes(pids["web"]) < 110
+        assert resident_megabytes(pids["web"]) < 95
         assert studio.processes() == pids, "nothing was restarted meanwhile"
     assert sum(one.num_lost for one in found) == 0
     waits = [one.first for one in found[1:]]
