@@ -129,21 +129,13 @@ def _filled(kind: Any) -> Any:
 
 
 def _blocks_of_lines(path: Path) -> Iterator[tuple[Place, bytes]]:
-    """Pieces of a file that end with a line; their lines are not counted."""
+    """Pieces of a file that end with a line, or in a line that is too long to be read; their lines are not counted."""
     with path.open("rb") as file:
-        at, rest = 0, b""
-        while piece := file.read(BLOCK_BYTES):
-            end = piece.rfind(b"\n") + 1
-            if not end:
-                rest += piece
-                if len(rest) > MAX_LINE_BYTES + BLOCK_BYTES:  # a line that nobody reads; it need not be held
-                    break
-                continue
-            yield Place(at), rest + piece[:end]
-            at += len(rest) + end
-            rest = piece[end:]
-        if rest:
-            yield Place(at), rest
+        at = 0
+        while block := file.read(BLOCK_BYTES):
+            block += file.readline(MAX_LINE_BYTES + 1)
+            yield Place(at), block
+            at += len(block)
 
 
 def _count_objects(block: bytes, options: Any, mapping: Mapping[str, str], floats: bool) -> Counted:
@@ -218,28 +210,15 @@ def _blocks_of_records(path: Path, start: Place) -> Iterator[tuple[Place, bytes]
     """Pieces of a table that end with a record: at a line end before which quotation marks come in pairs."""
     with path.open("rb") as file:
         file.seek(start.byte)
-        at, rest = start.byte, b""
-        while piece := file.read(BLOCK_BYTES):
-            rest += piece
-            end = _last_record(rest)
-            if end:
-                yield Place(at), rest[:end]
-                at, rest = at + end, rest[end:]
-            elif len(rest) > MAX_LINE_BYTES + BLOCK_BYTES:
-                break
-        if rest:
-            yield Place(at), rest
-
-
-def _last_record(block: bytes) -> int:
-    """Behind the last line end outside of quotation marks."""
-    end = block.rfind(b"\n") + 1
-    inside = block.count(b'"', 0, end) % 2
-    while end and inside:
-        before = block.rfind(b"\n", 0, end - 1) + 1
-        inside = (inside + block.count(b'"', before, end)) % 2
-        end = before
-    return end
+        at = start.byte
+        while block := file.read(BLOCK_BYTES):
+            block += file.readline(MAX_LINE_BYTES + 1)
+            inside = int(np.count_nonzero(np.frombuffer(block, np.uint8) == _QUOTE)) % 2
+            while inside and len(block) < BLOCK_BYTES + MAX_LINE_BYTES and (more := file.readline(MAX_LINE_BYTES + 1)):
+                block += more
+                inside = (inside + more.count(b'"')) % 2
+            yield Place(at), block
+            at += len(block)
 
 
 def _count_records(
@@ -252,7 +231,7 @@ def _count_records(
     ends = np.flatnonzero(data == _NEWLINE)
     if b"\x00" in block or int(np.diff(ends, prepend=-1).max()) > MAX_LINE_BYTES:
         raise Unusual
-    if b"\r" in block and block.count(b"\r") != block.count(b"\r\n"):
+    if b"\r" in block and np.count_nonzero(data == _RETURN) != np.count_nonzero(data[ends - 1] == _RETURN):
         raise Unusual
     if b'"' in block and not _well_quoted(data, ord(options.delimiter)):
         raise Unusual

@@ -210,46 +210,78 @@ class _Keys:
 
     def __init__(self) -> None:
         self._waiting: list[int] = []  # keys that came one by one
+        self._arrays: list[np.ndarray] = []  # and many at once
+        self._num_waiting = 0
         self._known: np.ndarray | None = None  # sorted
         self._repeated = 0
 
     def add(self, key: int) -> None:
         self._waiting.append(key)
         if len(self._waiting) >= _WAITING_KEYS:
-            self._settle()
+            self._pack()
 
     def add_many(self, keys: np.ndarray) -> None:
-        self._settle()
-        self._merge(keys)
+        self._pack()
+        self._put(keys)
 
     def num_repeated(self) -> int:
-        if self._known is None:  # a small file: not worth loading numpy
+        if self._known is None and not self._arrays:  # a small file: not worth loading numpy
             return len(self._waiting) - len(set(self._waiting))
+        self._pack()
         self._settle()
         return self._repeated
 
-    def _settle(self) -> None:
+    def _pack(self) -> None:
         if self._waiting:
             import numpy as np
 
             keys, self._waiting = np.array(self._waiting, np.uint64), []
-            self._merge(keys)
+            self._put(keys)
 
-    def _merge(self, keys: np.ndarray) -> None:
+    def _put(self, keys: np.ndarray) -> None:
+        self._arrays.append(keys)
+        self._num_waiting += len(keys)
+        if self._num_waiting >= _WAITING_KEYS:
+            self._settle()
+
+    def _settle(self) -> None:
         import numpy as np
 
+        if not self._num_waiting:
+            return
+        keys, self._arrays, self._num_waiting = np.concatenate(self._arrays), [], 0
         known = np.zeros(0, np.uint64) if self._known is None else self._known
+        if len(known) + len(keys) > MAX_KEYS:
+            self._known = self._with_first(known, keys)
+            return
+        found = np.sort(keys)
+        found = found[np.flatnonzero(np.diff(found, prepend=~found[0]))]
+        places = np.searchsorted(known, found)
+        fresh = ~_known_at(known, places, found)
+        self._repeated += len(keys) - int(fresh.sum())
+        self._known = np.insert(known, places[fresh], found[fresh])
+
+    def _with_first(self, known: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Where not all can be remembered: those that come first are."""
+        import numpy as np
+
         found, first, counts = np.unique(keys, return_index=True, return_counts=True)
         places = np.searchsorted(known, found)
-        old = np.zeros(len(found), bool)
-        inside = places < len(known)
-        old[inside] = known[places[inside]] == found[inside]
+        old = _known_at(known, places, found)
         fresh = np.flatnonzero(~old)
-        room = MAX_KEYS - len(known)
-        if len(fresh) > room:  # only those that come first are remembered
-            fresh = np.sort(fresh[np.argsort(first[fresh])[:room]])
+        fresh = np.sort(fresh[np.argsort(first[fresh])[: MAX_KEYS - len(known)]])
         self._repeated += int(counts[old].sum()) + int((counts[fresh] - 1).sum())
-        self._known = np.insert(known, places[fresh], found[fresh])
+        return np.insert(known, places[fresh], found[fresh])
+
+
+def _known_at(known: np.ndarray, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Which keys stand among the known ones, at the places where they would."""
+    import numpy as np
+
+    found = np.zeros(len(keys), bool)
+    inside = places < len(known)
+    found[inside] = known[places[inside]] == keys[inside]
+    return found
 
 
 def _key_of(parts: Sequence[Any]) -> int:
