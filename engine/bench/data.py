@@ -221,33 +221,22 @@ def _looks(bench: Workbench, texts: dict[str, list[str]]) -> Section:
     section = Section(
         title="Looking at a file",
         intro="From a file to its facts: every row checked, lengths, labels, repeated rows, checksum. Beside it stands Arrow's parser of the same format on as "
-        "many threads, which tells none of that and is the floor, and for JSON lines the loader of datasets, where it is installed, with a fresh cache each time. "
+        "many threads, which tells none of that and is the floor. "
         f"Processor seconds are of all threads. {ROUNDS} interleaved rounds; files are in memory.",
-        columns=("format", "MB", "ours, MB/s", "ours, CPU s", "parser alone, MB/s", "datasets, MB/s"),
+        columns=("format", "MB", "ours, MB/s", "ours, CPU s", "parser alone, MB/s"),
     )  # fmt: skip
     for name, path in _looked_at(bench, texts).items():
         ways: dict[str, Callable[[], Any]] = {"ours": _looking(path), "parser": _parsing(path)}
-        loading = _loading(bench, path) if path.suffix == ".jsonl" else None
-        if loading is not None:
-            ways["datasets"] = loading
         times = interleave(ways, rounds=ROUNDS, warm=1)
         size = path.stat().st_size / MB
         speeds = {way: f"{size / timing.median:.0f}" for way, timing in times.items()}
         seconds = f"{_processor_seconds(ways['ours']):.2f}"
-        section.rows.append(
-            (name, f"{size:.1f}", speeds["ours"], seconds, speeds["parser"], speeds.get("datasets", "–"))
-        )
+        section.rows.append((name, f"{size:.1f}", speeds["ours"], seconds, speeds["parser"]))
         value, low, high = ratio_interval([size] * ROUNDS, times["ours"].seconds)
         section.goals.append(
             Goal(number="P9", goal=f"a look at a {name} file", value=value, interval=(low, high), target=400.0, better="more",
                  unit="MB/s", baseline="none", reason=_SLOW_LOOK)
         )  # fmt: skip
-        if loading is not None:
-            value, low, high = ratio_interval(times["datasets"].seconds, times["ours"].seconds)
-            section.goals.append(
-                Goal(number="P9", goal=f"a look at a {name} file beside loading it", value=value, interval=(low, high), target=5.0, better="more",
-                     baseline="datasets.load_dataset('json'), fresh cache", reason=_SLOW_LOOK)
-            )  # fmt: skip
     return section
 
 
@@ -298,21 +287,6 @@ def _parsing(path: Path) -> Callable[[], Any]:
         reading, options = arrow_csv.ReadOptions(block_size=4 << 20), arrow_csv.ParseOptions(newlines_in_values=True)
         return lambda: sum(batch.num_rows for batch in arrow_csv.open_csv(path, read_options=reading, parse_options=options))  # fmt: skip
     return lambda: sum(batch.num_rows for batch in parquet.ParquetFile(path).iter_batches(4096))
-
-
-def _loading(bench: Workbench, path: Path) -> Callable[[], Any] | None:
-    """What datasets does with the file, when it is installed."""
-    try:
-        import datasets
-    except ImportError:
-        return None
-
-    def once() -> None:
-        cache = bench.folder / "loaded"
-        datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
-        shutil.rmtree(cache, ignore_errors=True)
-
-    return once
 
 
 def _processor_seconds(call: Callable[[], Any]) -> float:
