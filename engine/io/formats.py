@@ -6,7 +6,7 @@ Nothing here trusts the file: lines, cells, columns and nesting are bounded, and
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from engine.io.lines import (
     MAX_COLUMNS,
     MAX_DEPTH,
     SAVE_AS_TABLE,
+    TOP,
+    UTF8_MARK,
+    Place,
     RawRow,
     Report,
     at_line,
@@ -29,8 +32,7 @@ from engine.io.lines import (
 
 MAX_FILE_BYTES = 4 << 30
 MAX_PARAGRAPH_CHARS = 16_000
-_SAMPLE_BYTES = 1 << 16
-_UTF8_MARK = b"\xef\xbb\xbf"
+SAMPLE_BYTES = 1 << 16
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a ZIP archive or an Excel or Word file"),
     (b"PK\x05\x06", "an empty ZIP archive"),
@@ -68,8 +70,8 @@ def refuse_at_once(problem: Fault) -> None:
 def sniff_format(path: Path, filename: str = "") -> str:
     """What kind of table a file is, from its content first and its name second; anything else is refused in a sentence."""
     with path.open("rb") as file:
-        head = file.read(_SAMPLE_BYTES)
-    if not head.removeprefix(_UTF8_MARK).strip():
+        head = file.read(SAMPLE_BYTES)
+    if not head.removeprefix(UTF8_MARK).strip():
         raise EngineError(
             file_fault(
                 "This file is empty.", "It holds no row.", "Save the table again and send the new file.", "empty_file"
@@ -79,7 +81,7 @@ def sniff_format(path: Path, filename: str = "") -> str:
         return "parquet"
     _refuse_foreign(head)
     ending = (filename or path.name).lower().rpartition(".")[2]
-    start = head.removeprefix(_UTF8_MARK).lstrip()
+    start = head.removeprefix(UTF8_MARK).lstrip()
     if ending in {"csv", "tsv"}:
         return ending
     if start.startswith(b"["):
@@ -111,9 +113,12 @@ def sniff_format(path: Path, filename: str = "") -> str:
 
 
 def read_raw(
-    path: Path, kind: str, report: Report = refuse_at_once, *, max_bytes: int = MAX_FILE_BYTES
+    path: Path, kind: str, report: Report = refuse_at_once, *, max_bytes: int = MAX_FILE_BYTES, start: Place = TOP
 ) -> Iterator[RawRow]:
-    """Yield (line, column -> value) from a file of a known format; faults go to `report`, which raises or takes note."""
+    """Yield (line, column -> value) from a file of a known format; faults go to `report`, which raises or takes note.
+
+    start: of JSONL and of tables in text only what follows this place.
+    """
     size = path.stat().st_size
     if size > max_bytes:
         raise EngineError(
@@ -124,7 +129,12 @@ def read_raw(
                 "too_large",
             )
         )
-    for line, row in _READERS[kind](path, report):
+    yield from with_short_cells(_READERS[kind](path, report, start), report)
+
+
+def with_short_cells(rows: Iterable[RawRow], report: Report) -> Iterator[RawRow]:
+    """The rows none of whose cells is longer than anyone reads; the others are reported."""
+    for line, row in rows:
         long = next((name for name, cell in row.items() if isinstance(cell, str) and len(cell) > MAX_CELL_CHARS), None)
         if long is not None:
             report(long_cell(line, long))
@@ -132,15 +142,37 @@ def read_raw(
             yield line, row
 
 
-def _read_csv(path: Path, report: Report) -> Iterator[RawRow]:
+def delimiter_of(path: Path) -> str:
+    """The separator of a table in text."""
     with path.open("rb") as file:
-        sample = file.read(_SAMPLE_BYTES).removeprefix(_UTF8_MARK).decode("utf-8", errors="replace")
-    delimiter, _ = _best_delimiter(sample)
+        sample = file.read(SAMPLE_BYTES).removeprefix(UTF8_MARK).decode("utf-8", errors="replace")
+    return _best_delimiter(sample)[0]
+
+
+def behind_header(path: Path) -> Place:
+    """Where the first row of a table in text begins; its header must be in order."""
+    spans: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for _, text in lines(path, refuse_at_once):
+            spans.append(len(text.encode()))
+            yield text
+
+    with path.open("rb") as file:
+        mark = UTF8_MARK if file.read(len(UTF8_MARK)) == UTF8_MARK else b""
+    reader = csv.reader(texts(), delimiter=delimiter_of(path), strict=True)
+    record = next(record for record in reader if record and (len(record) > 1 or record[0].strip()))
+    header = _header(record, reader.line_num)
+    return Place(byte=len(mark) + sum(spans), line=reader.line_num + 1, header=tuple(header))
+
+
+def _read_csv(path: Path, report: Report, start: Place = TOP) -> Iterator[RawRow]:
+    delimiter = delimiter_of(path)
     csv.field_size_limit(MAX_CELL_CHARS)
-    reader = csv.reader((text for _, text in lines(path, report)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
+    reader = csv.reader((text for _, text in lines(path, report, start)), delimiter=delimiter, strict=True)
+    header = list(start.header) if start.header is not None else None
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + start.line
         try:
             record = next(reader)
         except StopIteration:
@@ -233,24 +265,24 @@ def _best_delimiter(text: str) -> tuple[str, int]:
     return best[2], best[1]
 
 
-def _read_text(path: Path, report: Report) -> Iterator[RawRow]:
+def _read_text(path: Path, report: Report, start: Place = TOP) -> Iterator[RawRow]:
     """Paragraphs between blank lines; a very long one is cut at the end of a line."""
     gathered: list[str] = []
-    start, size = 1, 0
-    for number, text in lines(path, report):
+    first, size = 1, 0
+    for number, text in lines(path, report, start):
         blank = not text.strip()
         if gathered and (blank or size + len(text) > MAX_PARAGRAPH_CHARS):
-            yield start, {"text": "".join(gathered).strip()}
+            yield first, {"text": "".join(gathered).strip()}
             gathered, size = [], 0
         if not blank:
-            start = start if gathered else number
+            first = first if gathered else number
             gathered.append(text)
             size += len(text)
     if gathered:
-        yield start, {"text": "".join(gathered).strip()}
+        yield first, {"text": "".join(gathered).strip()}
 
 
-def _read_parquet(path: Path, report: Report) -> Iterator[RawRow]:
+def _read_parquet(path: Path, report: Report, start: Place = TOP) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -270,13 +302,8 @@ def _read_parquet(path: Path, report: Report) -> Iterator[RawRow]:
                     )
                 )
             for batch in file.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    problem = _made_plain(row, number)
-                    if problem is not None:
-                        report(problem)
-                    else:
-                        yield number, row
+                yield from batch_rows(batch, number + 1, report)
+                number += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise EngineError(
             file_fault(
@@ -286,6 +313,16 @@ def _read_parquet(path: Path, report: Report) -> Iterator[RawRow]:
                 "damaged_file",
             )
         ) from error
+
+
+def batch_rows(batch: Any, first: int, report: Report) -> Iterator[RawRow]:
+    """The rows of an Arrow batch, the first of which has the number `first`."""
+    for number, row in enumerate(batch.to_pylist(), start=first):
+        problem = _made_plain(row, number)
+        if problem is not None:
+            report(problem)
+        else:
+            yield number, row
 
 
 def _made_plain(row: dict[str, Any], number: int) -> Fault | None:

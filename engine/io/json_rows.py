@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from engine.io.lines import (
     MAX_COLUMNS,
     MAX_DEPTH,
     MAX_LINE_BYTES,
+    TOP,
+    Place,
     RawRow,
     Report,
     at_line,
@@ -26,9 +28,14 @@ from engine.io.lines import (
 _PIECE_BYTES = 1 << 20
 
 
-def read_jsonl(path: Path, report: Report) -> Iterator[RawRow]:
+def read_jsonl(path: Path, report: Report, start: Place = TOP) -> Iterator[RawRow]:
     """One object a line."""
-    for line, text in lines(path, report):
+    return objects_of(lines(path, report, start), report)
+
+
+def objects_of(numbered: Iterable[tuple[int, str]], report: Report) -> Iterator[RawRow]:
+    """The objects in lines of text, one in each."""
+    for line, text in numbered:
         if not text.strip():
             continue
         try:
@@ -43,8 +50,8 @@ def read_jsonl(path: Path, report: Report) -> Iterator[RawRow]:
             yield line, value if isinstance(value, dict) else {"text": value}
 
 
-def read_json(path: Path, report: Report) -> Iterator[RawRow]:
-    """A list of objects, however it is broken into lines."""
+def read_json(path: Path, report: Report, start: Place = TOP) -> Iterator[RawRow]:
+    """A list of objects, however it is broken into lines; always read from the top."""
     text = _Text(path, report)
     if not text.blank_skipped():
         return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from engine.core.errors import Fault
 
@@ -12,40 +13,59 @@ MAX_CELL_CHARS = 1_000_000
 MAX_LINE_BYTES = 4_000_000
 MAX_COLUMNS = 512
 MAX_DEPTH = 20
+UTF8_MARK = b"\xef\xbb\xbf"
 SAVE_AS_TABLE = "Save the table as CSV, TSV, JSON, JSONL or Parquet and send that file."
 
 Report = Callable[[Fault], None]
 RawRow = tuple[int, dict[str, Any]]  # line number (row number in Parquet), column -> value
 
 
-def lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
+@dataclass(frozen=True)
+class Place:
+    """Where a row begins: how many bytes lie before it, in which line, and for a table in text the columns that were named above."""
+
+    byte: int = 0
+    line: int = 1
+    header: tuple[str, ...] | None = None
+
+
+TOP = Place()
+
+
+def lines(path: Path, report: Report, start: Place = TOP) -> Iterator[tuple[int, str]]:
     """Physical lines as text; stops after a line that cannot be read."""
     with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if len(raw) > MAX_LINE_BYTES:
-                report(long_line(number))
-                return
-            if b"\x00" in raw:
-                report(
-                    at_line(
-                        number,
-                        "it holds a zero byte.",
-                        "Text never does; the file is binary or damaged.",
-                        SAVE_AS_TABLE,
-                        "wrong_file",
-                    )
+        file.seek(start.byte)
+        yield from numbered(file, report, start.line)
+
+
+def numbered(file: BinaryIO, report: Report, first: int = 1) -> Iterator[tuple[int, str]]:
+    """The lines of an open file as text, the next of which has the number `first`; stops after a line that cannot be read."""
+    number = first - 1
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            raw = raw.removeprefix(UTF8_MARK)
+        if len(raw) > MAX_LINE_BYTES:
+            report(long_line(number))
+            return
+        if b"\x00" in raw:
+            report(
+                at_line(
+                    number,
+                    "it holds a zero byte.",
+                    "Text never does; the file is binary or damaged.",
+                    SAVE_AS_TABLE,
+                    "wrong_file",
                 )
-                return
-            try:
-                text = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                report(not_utf8(number, error))
-                return
-            yield number, text
+            )
+            return
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            report(not_utf8(number, error))
+            return
+        yield number, text
 
 
 def file_fault(what: str, why: str, way_out: str, code: str) -> Fault:

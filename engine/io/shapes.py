@@ -74,7 +74,7 @@ _TEXT = (
     "question",
     "tweet",
 )
-_SPEAKERS = {
+SPEAKERS = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user", "customer": "user",
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant", "ai": "assistant",
@@ -176,7 +176,7 @@ def row_in_roles(raw: Mapping[str, Any], mapping: Mapping[str, str], line: int) 
             said = messages_of(value, line, column)
             row[role] = said if role == "prompt" else said[-1]["content"] if said else ""
         else:
-            row[role] = _text_of(value, line, column)
+            row[role] = text_of(value, line, column)
     shape = SHAPES.get(shape_of(tuple(mapping)))
     needed = shape.roles if shape is not None else tuple(mapping)
     if any(not row[role] for role in needed):
@@ -205,7 +205,7 @@ def messages_of(value: Any, line: int, column: str) -> list[dict[str, str]]:
             raise _not_messages(line, column, f"one turn is a {_kind(turn)}")
         speaker = turn.get("role", turn.get("from", turn.get("speaker")))
         content = turn.get("content", turn.get("value", turn.get("text")))
-        role = _SPEAKERS.get(str(speaker).lower())
+        role = SPEAKERS.get(str(speaker).lower())
         if role is None:
             raise _not_messages(line, column, f"nobody knows the speaker '{str(speaker)[:40]}'")
         if isinstance(content, list):
@@ -230,7 +230,8 @@ def _not_messages(line: int, column: str, reason: str) -> EngineError:
     )
 
 
-def _text_of(value: Any, line: int, column: str) -> str:
+def text_of(value: Any, line: int, column: str) -> str:
+    """A cell as the text that plays a role; an EngineError for lists and objects."""
     if value is None:
         return ""
     if isinstance(value, list | dict):
