@@ -112,7 +112,7 @@ def answer_compare(request: Answer) -> Answer:
     """The held-out scores and answers of several results, side by side."""
     from engine.ops.compare import compare
 
-    return compare([Path(str(folder)) for folder in request.get("artifacts", [])])
+    return compare([Path(str(folder)) if folder else None for folder in request.get("artifacts", [])])
 
 
 HERE: dict[str, Callable[[Answer], Answer]] = {"ping": answer_ping, "catalogue": answer_catalogue}

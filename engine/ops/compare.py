@@ -18,8 +18,10 @@ MOST_ROWS = 200
 TITLES = {"loss": "eval_loss", "right": "eval_accuracy"}
 
 
-def compare(artifacts: Sequence[Path]) -> dict[str, Any]:
-    """What the held-out examples of several results say (percentile bootstrap over examples, Efron 1979; losses are weighted by tokens).
+def compare(artifacts: Sequence[Path | None]) -> dict[str, Any]:
+    """What the held-out examples of several results say; None stands for a run without a result.
+
+    Intervals are percentile bootstrap intervals over examples (Efron 1979); losses are weighted by tokens.
 
     runs: for each result {score: {value, low, high}} and the number of examples; empty for a result that kept none.
     paired: whether all were measured on the same examples in the same order. Then differences: for each result {score: {value, low, high}}, its
@@ -33,7 +35,9 @@ def compare(artifacts: Sequence[Path]) -> dict[str, Any]:
     return {"runs": runs, "paired": paired, "differences": differences, "rows": _side_by_side(kept) if paired else []}
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
+def _read(folder: Path | None) -> list[dict[str, Any]]:
+    if folder is None:
+        return []
     try:
         body = json.loads((folder / HELDOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -26,7 +26,7 @@ from jobs.downloads import METRICS
 from jobs.models import ACTIVE, TERMINAL, Event, Job, Status
 from jobs.plain import Refused, faults_of
 from jobs.series import series
-from studio.pages import forking, results, telling, words
+from studio.pages import comparing, forking, results, telling, words
 from studio.pages.verdict import verdict
 
 RUNS_A_PAGE = 20
@@ -338,6 +338,7 @@ def _again(user: Person, job: Job, change: str) -> Job:
 
 urlpatterns: list[URLPattern] = [
     path("runs/", runs, name="runs"),
+    path("runs/compare/", comparing.compare, name="run-compare"),
     path("runs/<uuid:pk>/", run, name="run"),
     path("runs/<uuid:pk>/parts/", run_parts, name="run-parts"),
     path("runs/<uuid:pk>/fork/", forking.run_fork, name="run-fork"),

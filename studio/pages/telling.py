@@ -26,6 +26,7 @@ OTHER_INPUTS = {
     "task": "another goal",
 }
 EARLY = 0.1  # of the steps; before that, no news is no news
+INPUT_TITLES = {"data": "Data", "model": "Model", "models": "Further models", "task": "Goal", "operation": "Operation"}
 VERBS = {
     Status.QUEUED: "Will learn to",
     Status.STARTING: "About to learn to",
@@ -92,13 +93,28 @@ def dial_title(name: str) -> str:
     return str(schema.get("properties", {}).get(leaf, {}).get("title") or leaf.replace("_", " ") or head)
 
 
+def setting_title(name: str) -> str:
+    """`dial_title` that also says of which method: "Weight decay (AdamW)"."""
+    head = name.partition(".")[0]
+    if name.startswith("methods["):
+        return "Method"
+    if name in INPUT_TITLES:
+        return INPUT_TITLES[name]
+    return dial_title(name) if head == "settings" else f"{dial_title(name)} ({method_title(head)})"
+
+
+def method_title(slug: Any) -> str:
+    """What a method is called; a dash for none."""
+    titles = {card["slug"]: str(card["title"]) for card in known().get("methods", [])}
+    return titles.get(slug, str(slug)) if slug else "–"
+
+
 def difference(name: str, before: Any, after: Any) -> str:
     """One difference between two recipes, in words: "learning rate 0.001 instead of 0.01"."""
     if name in OTHER_INPUTS:
         return OTHER_INPUTS[name]
     if name.startswith("methods["):
-        titles = {card["slug"]: str(card["title"]) for card in known().get("methods", [])}
-        mine, theirs = (titles.get(slug, slug) if slug else "" for slug in (after, before))
+        mine, theirs = (method_title(slug) if slug else "" for slug in (after, before))
         return f"{mine} instead of {theirs}" if mine and theirs else f"with {mine}" if mine else f"without {theirs}"
     one, other = (setting_words(value) for value in (after, before))
     title = dial_title(name)

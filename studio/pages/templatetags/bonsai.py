@@ -15,6 +15,8 @@ from django.utils.safestring import SafeString
 from django.utils.text import slugify
 from django.utils.timesince import timesince
 
+from jobs.comparing import MOST
+from jobs.forks import Branch
 from jobs.models import Job, Status
 from studio.pages import telling, words
 from studio.pages.dials import Dial, setting_words
@@ -39,6 +41,16 @@ def difference_words(changes: Sequence[tuple[str, Any, Any]]) -> str:
     if len(changes) > 4:
         told.append(f"{len(changes) - 4} more")
     return telling.capital(words.spoken(told))
+
+
+@register.filter
+def family_query(branch: Branch) -> str:
+    """The address of a comparison of a run and those that came from it, the oldest first."""
+
+    def all_of(one: Branch) -> list[Branch]:
+        return [one, *(found for child in one.children for found in all_of(child))]
+
+    return "&".join(f"run={found.job.pk}" for found in all_of(branch)[:MOST])
 
 
 @register.filter
