@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -179,25 +180,24 @@ def _attention_outside() -> Iterator[None]:
 def _kept_in(folder: Path) -> Iterator[None]:
     """The compiler keeps what it makes in a folder of its owner alone, and works in this process: a pool of processes would outlive a fork and a cancelled run."""
     import torch._dynamo
+    import torch._inductor.codecache as files
     import torch._inductor.config
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    places = {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
-    before = {name: os.environ.get(name) for name in places}
-    os.environ.update(places)
-    try:
-        with (
-            # One pass through a block gives two pieces with attention between them, not four.
-            torch._dynamo.config.patch(nested_graph_breaks=True, suppress_errors=False),
-            torch._inductor.config.patch(compile_threads=1, fallback_random=True),
-        ):
+    headers = str(folder / "precompiled_headers")
+    with (
+        # Headers that it has read before lie in a folder below /tmp that everyone can guess, whatever the first of these names says.
+        patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}),
+        patch.multiple(files, _HEADER_DIR=headers, _HEADER_LOCK_DIR=f"{headers}/locks"),
+        # One pass through a block gives two pieces with attention between them, not four.
+        torch._dynamo.config.patch(nested_graph_breaks=True, suppress_errors=False),
+        torch._inductor.config.patch(compile_threads=1, fallback_random=True),
+    ):
+        files._precompile_header.cache_clear()
+        try:
             yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        finally:
+            files._precompile_header.cache_clear()
 
 
 def _folder(run: Run) -> Path:
