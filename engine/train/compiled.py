@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -30,6 +30,7 @@ from engine.core.errors import EngineError, Fault
 if TYPE_CHECKING:
     from engine.train.run import Run
 
+Backend = str | Callable[..., Any]
 BACKEND = "inductor"
 FILE = "compiled.json"  # in the job's folder
 FOLDER = "compiled"  # below the studio's home/cache, or in the job's folder where there is no home
@@ -41,7 +42,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def compiled(run: Run, *, backend: str = BACKEND) -> Iterator[None]:
+def compiled(run: Run, *, backend: Backend = BACKEND) -> Iterator[None]:
     """Run the blocks of this run compiled while they learn, where its recipe says so; leaves the model as it was."""
     blocks = blocks_of(run.model) if run.settings.compile == "on" else []
     if not blocks:
@@ -71,7 +72,7 @@ def compiled(run: Run, *, backend: str = BACKEND) -> Iterator[None]:
             torch.compiler.reset()
 
 
-def _twin(kind: type[nn.Module], run: Run, blocks: list[nn.Module], backend: str) -> type[nn.Module]:
+def _twin(kind: type[nn.Module], run: Run, blocks: list[nn.Module], backend: Backend) -> type[nn.Module]:
     """A class that answers like `kind`, compiled where autograd follows. A class, not a function on each block, so that a copy of the model computes with its
     own weights."""
     plain: Any = kind.forward
@@ -186,7 +187,7 @@ def _kept_in(folder: Path) -> Iterator[None]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     headers = str(folder / "precompiled_headers")
     with (
-        # Headers that it has read before lie in a folder below /tmp that everyone can guess, whatever the first of these names says.
+        # Headers that it has read before lie in a temporary folder whose name everyone can guess, whatever the first of these variables says.
         patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}),
         patch.multiple(files, _HEADER_DIR=headers, _HEADER_LOCK_DIR=f"{headers}/locks"),
         # One pass through a block gives two pieces with attention between them, not four.

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from engine.train import checkpoint, loop
 from engine.train.compiled import FILE, FOLDER, blocks_of, compiled
 from tests.engine.tiny import Tiny, events, metric_rows
 
-FULL: list[tuple[str, dict[str, Any]]] = [("full-finetuning", {})]
-TOP: list[tuple[str, dict[str, Any]]] = [("lora", {"r": 4, "top_blocks": 1})]
+FULL: list[tuple[str, Mapping[str, Any]]] = [("full-finetuning", {})]
+TOP: list[tuple[str, Mapping[str, Any]]] = [("lora", {"r": 4, "top_blocks": 1})]
 LACKS = compiler_lacks("cpu")
 
 
@@ -84,7 +84,7 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     ids=["packed, recomputed, bf16", "padded, with dropout", "frozen part remembered"],
 )
 def test_pieces_of_blocks_compute_what_the_blocks_compute(
-    methods: list[tuple[str, dict[str, Any]]],
+    methods: list[tuple[str, Mapping[str, Any]]],
     task: str,
     settings: dict[str, Any],
     pieces: int,
@@ -161,7 +161,7 @@ def test_compiled_steps_learn_the_same_and_resume_to_the_same_bits(tiny: Tiny, t
             "checkpoint_every": 50,
         }
         recipes = {
-            mode: (recipe := tiny.recipe(FULL, compile=mode, **plan)).model_copy(
+            mode: (recipe := tiny.recipe(FULL, task="instruct", compile=mode, **plan)).model_copy(
                 update={"model": recipe.model.model_copy(update={"source": f"folder:{model}"})}
             )
             for mode in ("off", "on")
