@@ -50,7 +50,7 @@ def choose_compile(recipe: Recipe, composition: Composition, facts: Facts) -> tu
     if against:
         reason = f"It is not possible here: {against[0].why}"
     elif pay.faster <= 1:
-        reason = f"On {machine.device_name} compiled blocks are not quicker than the plain ones ({pay.source})."
+        reason = f"On {machine.device_name} compiled blocks were not reliably quicker than the plain ones ({pay.source})."
     else:
         reason = (
             f"Compiling takes about {pay.seconds:.0f} s and would win about {won:,.0f} s of this run on {machine.device_name}, by {pay.source}; "

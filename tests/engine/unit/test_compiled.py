@@ -153,12 +153,11 @@ def test_compiled_steps_learn_the_same_and_resume_to_the_same_bits(tiny: Tiny, t
     """Fifty steps with rows of many lengths, by the real compiler; then the same from an earlier checkpoint, where the first row has another length."""
     with one_block(tiny) as model:
         plan = {
-            "task": "instruct",
             "max_steps": 50,
             "epochs": 20,
             "evaluations": 1,
             "learning_rate": 1e-3,
-            "checkpoint_every": 50,
+            "checkpoint_every": 20,
         }
         recipes = {
             mode: (recipe := tiny.recipe(FULL, task="instruct", compile=mode, **plan)).model_copy(
@@ -209,7 +208,7 @@ def asked(
 def test_auto_never_compiles_on_a_processor_and_says_why(tiny: Tiny) -> None:
     filled, (advice,) = choose_compile(*asked(tiny, machine("cpu"), steps=10**9))
     assert filled.settings.compile == advice.value == "off"
-    assert "not quicker" in advice.reason and "docs/benchmarks/compile.md" in advice.reason
+    assert "not reliably quicker" in advice.reason and "docs/benchmarks/compile.md" in advice.reason
     assert require(tiny.recipe(FULL)).recipe.settings.compile == "off", "and the resolved recipe says so"
 
 
