@@ -26,8 +26,9 @@ class Pay:
 
 # The only place of these numbers.
 PAYS = {
-    # Measured by `manage.py bench compile` on two cores; the best of its rows.
-    "cpu": Pay(faster=1.0, seconds=60, source="docs/benchmarks/compile.md"),
+    # One pair of `manage.py bench compile` on two busy cores: Llama 13 M, LoRA, fp32, plain / compiled 1.05 (0.69 to 1.53), first step 198 s, again 50 s. An earlier
+    # trial at 52 M gave 1.79 against 1.60 s a step and 69 s of compiling. Neither is sure enough to count as a gain.
+    "cpu": Pay(faster=1.0, seconds=60, source="one measured pair, 1.05 with an interval from 0.69 to 1.53"),
     # Published, not measured by us: torchtitan says +16 % (Llama 8B, H100), torchtune +27 % (Llama 3B, A100) and 30 to 70 s of compiling. The lower gain and the
     # higher cost stand here.
     "cuda": Pay(faster=1.16, seconds=70, source="the figures that torchtitan and torchtune publish"),
@@ -50,7 +51,9 @@ def choose_compile(recipe: Recipe, composition: Composition, facts: Facts) -> tu
     if against:
         reason = f"It is not possible here: {against[0].why}"
     elif pay.faster <= 1:
-        reason = f"On {machine.device_name} compiled blocks were not reliably quicker than the plain ones ({pay.source})."
+        reason = (
+            f"On {machine.device_name} compiled blocks were not reliably quicker than the plain ones ({pay.source})."
+        )
     else:
         reason = (
             f"Compiling takes about {pay.seconds:.0f} s and would win about {won:,.0f} s of this run on {machine.device_name}, by {pay.source}; "
