@@ -70,6 +70,7 @@ class MachineFacts:
     memory_bytes: int  # of the device that holds the model
     num_threads: int
     has_bf16: bool
+    compiler_lacks: str = ""  # what torch.compile misses here, in words; "" when it finds everything
 
 
 @dataclass(frozen=True, kw_only=True)

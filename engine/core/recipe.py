@@ -135,6 +135,13 @@ class TrainSettings(HyperParams):
         help="Where nothing learns in the lower blocks of the model, they run once for each text and their answer is read from the disk afterwards. "
         "auto does so where it changes nothing and pays; on also leaves out what these blocks would drop at random while learning.",
     )
+    compile: Literal["auto", "on", "off"] = dial(
+        "auto",
+        label="Compile the blocks",
+        suggested="Only where a long run on a GPU pays the compiling back.",
+        help="Makes quicker code of the model's repeated blocks at the first step, which takes a minute or more. "
+        "auto does so only where the run is long enough to win that time back.",
+    )
     packing: bool = dial(
         True,
         label="Pack short texts together",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 import psutil
@@ -23,10 +26,27 @@ def this_machine() -> MachineFacts:
             memory_bytes=memory,
             num_threads=torch.get_num_threads(),
             has_bf16=capability >= 8,
+            compiler_lacks=compiler_lacks("cuda"),
         )
     flags = _cpu_line("flags")
     return MachineFacts(device="cpu", device_name=_cpu_line("model name") or "CPU", memory_bytes=_memory(), num_threads=torch.get_num_threads(),
-                        has_bf16="avx512_bf16" in flags or "amx_bf16" in flags)  # fmt: skip
+                        has_bf16="avx512_bf16" in flags or "amx_bf16" in flags, compiler_lacks=compiler_lacks("cpu"))  # fmt: skip
+
+
+def compiler_lacks(device: str) -> str:
+    """What torch.compile misses on this machine to make code for a device, in words; "" when it finds everything. It starts no compiler."""
+    if device == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton"
+        names = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+        found = any(shutil.which(name) for name in names)
+    else:
+        names = (os.environ.get("CXX", "g++"),)
+        found = shutil.which(names[0]) is not None
+    if not found:
+        return f"a compiler ({' or '.join(names)})"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else "Python's header files (Python.h)"
 
 
 def _gpu() -> tuple[str, int, int]:

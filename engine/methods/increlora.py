@@ -381,6 +381,7 @@ class IncreLoRA(TrainMethod):
     )
     needs = Needs(linear_layers=True)
     slots = (Slot.PARAMETRIZATION, Slot.LOSS_TERM)
+    cannot = {"compile": "Its layers grow as it learns, and code is made once, at the start."}
     presets = {
         "tiny": {"target_rank": 2, "alpha": 8, "init_warmup": 1, "interval": 1},
         "paper": {"target_rank": 2, "incre_rank": 1, "alpha": 16, "orth_weight": 0.1, "targets": ALL},

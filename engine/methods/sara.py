@@ -185,6 +185,7 @@ class SaRA(TrainMethod):
     """Small-weight sparse tuning."""
 
     slots = (Slot.PARAMETRIZATION, Slot.LOSS_TERM)
+    cannot = {"compile": "What learns becomes fewer as it learns, and code is made once, at the start."}
     presets = {
         "tiny": {"share": 0.1, "rank_side": 8},
         "paper": {"threshold": PAPER_THRESHOLD, "rank_loss": 5e-4, "rank_side": PAPER_SIDE, "reselect": 0.5},

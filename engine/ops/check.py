@@ -15,6 +15,7 @@ from engine.core.registry import catalogue
 from engine.core.slots import Slot
 from engine.io.datasets import dataset_faults
 from engine.io.facts import data_facts, machine_facts, model_facts
+from engine.ops.compiling import choose_compile, compile_faults
 from engine.ops.estimate import choose_memory, estimate
 from engine.tasks import task as task_named
 from engine.tasks.base import Task
@@ -87,7 +88,9 @@ def check_training(recipe: Recipe) -> Checked:
         faults += faults_after + fit_faults(checked.composition, facts)
         checked.recipe, advice = choose_memory(checked.recipe, checked.composition, facts)
         checked.suggestions += advice
-        faults += _offload_faults(checked.recipe, facts)
+        checked.recipe, advice = choose_compile(checked.recipe, checked.composition, facts)
+        checked.suggestions += advice
+        faults += _offload_faults(checked.recipe, facts) + compile_faults(checked.recipe, checked.composition, facts)
         checked.estimate = estimate(checked.recipe, checked.composition, facts)
         faults += _memory_faults(checked.estimate, facts)
     return checked

@@ -73,9 +73,9 @@ def attends_within(model: nn.Module) -> bool:
     """Whether this model keeps the examples of a row apart: it attends through transformers' table of attentions, takes positions, and has no other memory."""
     config = getattr(model, "config", None)
     table = getattr(sys.modules.get(type(model).__module__), "ALL_ATTENTION_FUNCTIONS", None)
+    found = table.get_interface("sdpa", None) if table is not None else None
     return (
-        table is not None
-        and table.get_interface("sdpa", None) is attend
+        getattr(found, "__wrapped__", found) is attend  # engine.train.compiled wraps it while blocks are compiled
         and getattr(config, "_attn_implementation", None) == "sdpa"
         and "position_ids" in inspect.signature(type(model).forward).parameters
         and not getattr(model, "_is_stateful", False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from engine.core.errors import EngineError, Fault
+from engine.train.compiled import compiled
 from engine.train.parts import Signal
 from engine.train.run import Ending, Run
 
@@ -18,7 +19,7 @@ def train(run: Run) -> Ending:
     When it returns, the last checkpoint is on the disk.
     """
     run.model.train()
-    with run.saving.finishing(), run.remembering():
+    with run.saving.finishing(), compiled(run), run.remembering():
         ending = _train(run)
     run.model.eval()
     return ending
