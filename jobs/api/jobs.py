@@ -10,12 +10,13 @@ from ninja import Body, Header, Query, Router, Status
 
 from engine.core.errors import Fault
 from engine.core.recipe import Recipe
-from jobs import access, actions, downloads, forks
+from jobs import access, actions, comparing, downloads, forks
 from jobs.api.auth import who
 from jobs.api.paging import Limit, Order, Page, ordered, paged
 from jobs.api.problems import NOT_FOUND, Problem, refuse
 from jobs.api.schemas import (
     CheckOut,
+    ComparisonOut,
     EventsOut,
     ForkIn,
     JobDetail,
@@ -36,6 +37,13 @@ StatusFilter = Literal[
 REFUSALS = {"not_possible": 409, "key_reused": 409, "busy": 409, "forbidden": 403, "gone": 404}
 WAYS_OUT = {"key_reused": "Choose a new key for a new job.", "busy": "Ask again in a moment."}
 MAX_SEQ = 2**63 - 1
+TOO_FEW = Fault(
+    where="jobs",
+    what="There are not enough runs to compare.",
+    why=f"{comparing.FEWEST} or more are needed, and ids that you cannot see do not count.",
+    way_out="Write the ids of your runs with commas between.",
+    code="too_few",
+)
 ANSWER_ROWS = 20_000  # metric rows in one answer
 Payload = Annotated[dict[str, Any], Body()]
 Key = Annotated[
@@ -102,6 +110,28 @@ def list_jobs(
         rows = rows.filter(status=status)
     found, info = paged(ordered(rows, order, ORDERS), page, limit)
     return {**info, "items": [job_out(row, who(request).pk) for row in found]}
+
+
+@router.get("/compare", response=ComparisonOut, summary="Several runs side by side")
+def compare_jobs(
+    request: HttpRequest,
+    jobs: Annotated[str, Query(max_length=400, description="Two to eight ids, with commas between.")],
+) -> Any:
+    """What differs in their recipes; the scores of their held-out examples with 95 % bootstrap intervals; where all were measured on the same
+    examples also paired differences from the first, and their answers."""
+    asked = [pk for text in jobs.split(",") if (pk := access.parse_id(text.strip()))]
+    found = comparing.chosen(who(request), asked)
+    if len(found) < comparing.FEWEST:
+        raise Problem(422, [TOO_FEW])
+    told = comparing.compare(found)
+    return {
+        "jobs": [job.pk for job in found],
+        "settings": [{"name": name, "values": values} for name, values in told.settings],
+        "scores": told.scores,
+        "paired": told.paired,
+        "differences": told.differences,
+        "rows": told.rows,
+    }
 
 
 @router.get("/{uuid:job_id}", response=JobDetail, summary="One job")

@@ -229,6 +229,23 @@ class TreeOut(Schema):
     tree: BranchOut
 
 
+class ComparisonOut(Schema):
+    """Several runs side by side, in the order in which they were asked for."""
+
+    jobs: list[uuid.UUID]
+    settings: list[dict[str, Any]] = Field(
+        description="Every difference between the recipes: name, and the value in each run."
+    )
+    scores: list[dict[str, dict[str, float | None]]] = Field(description="For each run: score to value, low and high.")
+    paired: bool = Field(description="Whether all were measured on the same examples.")
+    differences: list[dict[str, dict[str, float | None]]] = Field(
+        description="The same for each score minus that of the first run."
+    )
+    rows: list[dict[str, Any]] = Field(
+        description="Held-out examples with the answer of each run, those that differ first."
+    )
+
+
 class EventOut(Schema):
     """One numbered thing that happened; kinds and fields are those of the engine's log, plus "status"."""
 

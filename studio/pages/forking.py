@@ -20,8 +20,6 @@ from jobs.models import Event, Job
 from jobs.plain import Refused, faults_of
 from studio.pages import dials, telling
 
-AS_IT_WAS = "As it was so far."
-
 
 @login_required
 @require_http_methods(["GET", "POST"])
@@ -67,7 +65,7 @@ def _form(
     faults: Sequence[Mapping[str, str]] = (),
     status: int = 200,
 ) -> HttpResponse:
-    present = {dial.where: (forks.value_of(job.recipe, dial.where), AS_IT_WAS) for dial in found}
+    present = {dial.where: (forks.value_of(job.recipe, dial.where), "") for dial in found}
     by_place: dict[str, list[Mapping[str, str]]] = {}
     for fault in faults:
         by_place.setdefault(fault["where"].removeprefix("changes."), []).append(fault)

@@ -58,6 +58,7 @@ ROUTES: dict[str, Route] = {
     "POST /jobs/check": Route("anyone", body={"task": "classify"}),
     "POST /jobs": Route("anyone", body={"task": "classify"}),
     "GET /jobs": Route("list", kit.job),
+    "GET /jobs/compare": Route("anyone"),
     "GET /jobs/{job_id}": Route("object", kit.job),
     "DELETE /jobs/{job_id}": Route("object", kit.job),
     "POST /jobs/{job_id}/cancel": Route("object", _job(Status.QUEUED)),
