@@ -10,7 +10,7 @@ metric      {"rows": [{"step", "samples", "tokens", "epoch", "loss", "grad_norm"
 evaluation  {"eval_loss": …, "eval_accuracy": …, "samples": …, "best": bool, …}
 progress    {"done_steps", "total_steps", "fraction", "eta_seconds"}
 log         {"level": "info" | "warning" | "error", "message": sentence}
-sample      {"prompt": …, "output": …, "expected": …}
+sample      {"prompt": …, "output": …, "expected": …, "key"}: at the end, and at every measurement with a key that begins with "live-"
 signal      {"action": "note" | "warn" | "save" | "stop", "rule": slug, "message": sentence, "numbers": {…}}
 checkpoint  {"path": relative folder, "best": bool}
 artifact    {"path": "artifact", "files": […], "certificate": "pass" | "fail"}

@@ -28,6 +28,7 @@ PLAN = (
     "max_steps",
     "max_minutes",
     "evaluations",
+    "live_samples",
     "checkpoint_every",
     "keep_checkpoints",
 )  # how far to go: free to change at any step

@@ -163,6 +163,14 @@ class TrainSettings(HyperParams):
         high=1000,
         help="How often the kept-back examples are scored during the run.",
     )
+    live_samples: int = dial(
+        2,
+        label="Answers while it learns",
+        unit="examples",
+        low=0,
+        high=6,
+        help="At every measurement so many kept-back examples are answered, so that you see how the answers change. 0 shows them at the end only.",
+    )
     checkpoint_every: int | None = dial(
         None,
         label="Save every",

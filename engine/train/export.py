@@ -35,7 +35,7 @@ from engine.train.run import Ending, Run, attach_parts, parts_by_slot
 from engine.train.trainables import collect
 
 ARTIFACT = "artifact"
-NUM_REFERENCE = 32
+NUM_REFERENCE, NUM_SAMPLES = 32, 6
 MOST_HELDOUT, MOST_CHARACTERS = 2000, 600  # examples that are kept one by one, and of each text in them
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 
@@ -50,7 +50,8 @@ def export(run: Run, ending: Ending, *, certify: bool = True) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     _write_reference(run, beside)
-    samples = _samples(run)
+    run.model.eval()
+    samples = run.answer(NUM_SAMPLES)
     _write_heldout(run, beside)
 
     forms: dict[str, str] = {}
@@ -376,15 +377,6 @@ def _write_heldout(run: Run, folder: Path) -> None:
     for item in found:
         item |= {key: value[:MOST_CHARACTERS] for key, value in item.items() if isinstance(value, str)}
     write_json(folder / HELDOUT, finite(found))
-
-
-def _samples(run: Run) -> list[dict[str, str]]:
-    run.model.eval()
-    with torch.random.fork_rng(devices=[]), run.autocast():  # a new classifier in fp32 stands on a bf16 model
-        samples = run.task.samples(run.model, run.encoded, run.tokenizer, 6)
-    for index, sample in enumerate(samples):
-        run.log.emit("sample", dict(sample), step=run.clock.step, key=str(index))
-    return samples
 
 
 def _number(value: Any) -> str:

@@ -52,6 +52,7 @@ def _train(run: Run) -> Ending:
         here = clock.step == run.pause_at and clock.step < clock.total_steps
         if clock.step in measure_at or here:
             signals += run.look(row, run.evaluate())
+            run.answer(run.settings.live_samples, prefix="live-")
         run.collect()
         request = run.control.poll() or ("pause" if here else None)
         run.ending = ending = _ending(run, signals, request)

@@ -293,6 +293,17 @@ class Run:
         self._tick = time.perf_counter()  # measuring is not training time
         return scores
 
+    def answer(self, count: int, prefix: str = "") -> list[dict[str, str]]:
+        """Let the model answer a few held-out examples, and log it; draws from no generator. `prefix` tells kinds of answers of one step apart."""
+        if not count:
+            return []
+        with torch.random.fork_rng(devices=[]), self.autocast():  # a new classifier in fp32 stands on a bf16 model
+            samples = self.task.samples(self.model, self.encoded, self.tokenizer, count)
+        for index, sample in enumerate(samples):
+            self.log.emit("sample", dict(sample), step=self.clock.step, key=f"{prefix}{index}")
+        self._tick = time.perf_counter()  # answering is not training time
+        return samples
+
     def memory(self) -> int:
         """Bytes: peak of the GPU, or the resident set of this process; looked up ten times a second, which costs more than all else in a row."""
         now = time.perf_counter()

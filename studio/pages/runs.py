@@ -223,9 +223,23 @@ def summary(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _samples(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """The newest answers, each with those that the model gave to the same example before, as far as they were others."""
     found = [event for event in events if event.kind == "sample"]
     newest = found[-1].step if found else 0
-    return [{**event.data, "step": event.step} for event in found if event.step == newest][:6]
+    last = {
+        event.data.get("prompt", ""): event for event in found if event.step == newest
+    }  # those of the end come last
+    shown = []
+    for prompt, event in list(last.items())[:6]:
+        before: list[dict[str, Any]] = []
+        for earlier in found:
+            if earlier.step < newest and earlier.data.get("prompt") == prompt:
+                output = earlier.data.get("output")
+                if not before or before[-1]["output"] != output:
+                    before.append({"step": earlier.step, "output": output})
+        changed = len(before) > 1 or (before and before[0]["output"] != event.data.get("output"))
+        shown.append({**event.data, "step": event.step, "before": before[-5:] if changed else []})
+    return shown
 
 
 def _line(event: Event) -> dict[str, Any] | None:

@@ -256,3 +256,20 @@ def test_one_method_twice_on_different_layers_is_taken_home_whole(tiny: Tiny, tm
     certificate = json.loads((folder / "artifact" / "certificate.json").read_text())
     assert certificate["ok"], certificate["sentence"]
     assert {"adapter-lora-1", "adapter-lora-2", "merged"} <= {form["form"] for form in certificate["forms"]}
+
+
+@pytest.mark.parametrize("task", ["classify", "causal_lm"])
+def test_answers_are_shown_while_it_learns_and_change_nothing(tiny: Tiny, tmp_path: Path, task: str) -> None:
+    folders = []
+    for count in (0, 2):
+        folder = lay(
+            tmp_path / str(count),
+            tiny.recipe([("lora", {"r": 2, "dropout": 0.1})], task=task, live_samples=count, evaluations=4),
+        )
+        assert run_folder(folder)["outcome"] == "succeeded"
+        folders.append(folder)
+    assert metric_rows(folders[0]) == metric_rows(folders[1])
+    live = [[event for event in events(folder, "sample") if event["key"].startswith("live-")] for folder in folders]
+    assert not live[0] and [event["step"] for event in live[1]] == [2, 2, 4, 4, 6, 6, 8, 8]
+    assert all({"prompt", "output", "expected"} <= event.keys() for event in live[1])
+    assert len({event["prompt"] for event in live[1]}) == 2
