@@ -165,7 +165,12 @@ def _spoken(curve: Mapping[str, Sequence[float]]) -> dict[str, list[Any]]:
 def _evaluation_curves(rows: Curves, evaluations: Sequence[Mapping[str, Any]], points: int) -> dict[str, Any]:
     """One curve for every number that is measured on held-out rows."""
     names = sorted(
-        {key for row in evaluations for key, value in row.items() if key.startswith("eval_") and _is_number(value)}
+        {
+            key
+            for row in evaluations
+            for key, value in row.items()
+            if (key.startswith("eval_") or key == "general_loss") and _is_number(value)
+        }
     )
     if not names:
         return {}

@@ -15,7 +15,7 @@ function push(target, step, samples, seconds, value) {
   target.value.push(value);
 }
 
-/** Every point of a run: loss, held-out loss and gradient norm over steps, examples and seconds; and what the watchers said. */
+/** Every point of a run: loss, gradient norm, learning rate, held-out and general loss over steps, examples and seconds; and what the watchers said. */
 export class Curves {
   constructor() {
     this.clear();
@@ -24,7 +24,9 @@ export class Curves {
   clear() {
     this.loss = column();
     this.norm = column();
+    this.rate = column();
     this.held = column();
+    this.general = column(); // on general text, which the run was not taught: what it forgets
     this.signals = [];
     this.lastStep = -1;
     this.thinned = false;
@@ -40,7 +42,9 @@ export class Curves {
     const curves = series.curves;
     if (curves.loss) this.loss = copy(curves.loss);
     if (curves.grad_norm) this.norm = copy(curves.grad_norm);
+    if (curves.learning_rate) this.rate = copy(curves.learning_rate);
     if (curves.eval_loss) this.held = copy(curves.eval_loss);
+    if (curves.general_loss) this.general = copy(curves.general_loss);
     for (const signal of series.signals) this.addSignal(signal.step, signal);
     this.lastStep = this.loss.step.at(-1) ?? -1;
     this.thinned = series.num_steps > this.loss.step.length;
@@ -60,12 +64,14 @@ export class Curves {
       this.lastStep = row.step;
       push(this.loss, row.step, row.samples, row.seconds, row.loss);
       push(this.norm, row.step, row.samples, row.seconds, row.grad_norm);
+      push(this.rate, row.step, row.samples, row.seconds, row.learning_rate ?? null);
     }
     return true;
   }
 
   addMeasurement(step, data) {
     push(this.held, step, data.samples ?? 0, this.secondsAt(step), data.eval_loss ?? null);
+    if (data.general_loss !== undefined) push(this.general, step, data.samples ?? 0, this.secondsAt(step), data.general_loss);
     return true;
   }
 
@@ -119,6 +125,22 @@ export function thinned(values, from, to, most) {
   return chosen;
 }
 
+/** A range that leaves out the rarest of the values, one of a hundred at each end, with a little air; null when there are too few to say what is rare. */
+export function usual(values) {
+  const known = values.filter((value) => value !== null && Number.isFinite(value)).sort((a, b) => a - b);
+  if (known.length < 20) return null;
+  const low = known[Math.floor(known.length * 0.01)];
+  const high = known[Math.ceil(known.length * 0.99) - 1];
+  const air = 0.05 * (high - low || Math.abs(high) || 1);
+  return [low >= 0 ? Math.max(0, low - air) : low - air, high + air];
+}
+
+/** How much a measured curve has moved since its first value; `sign` turns it round. */
+function since(curve, sign) {
+  const start = curve.value.find((value) => value !== null);
+  return curve.value.map((value) => (value === null || start === undefined ? null : sign * (value - start)));
+}
+
 export function spoken(value) {
   if (value === null || value === undefined) return "–";
   if (Math.abs(value) >= 100) return Math.round(value).toLocaleString("en-US");
@@ -156,6 +178,8 @@ export class RunChart {
     this.axis = "samples";
     this.smoothing = 0.8;
     this.log = false;
+    this.usual = false; // leave rare values out of sight
+    this.below = "norm"; // what the lower chart shows: norm, rate or kept
     this.zoom = 0; // raised to forget what was zoomed
     this.drawn = 0;
     this.timer = null;
@@ -210,9 +234,9 @@ export class RunChart {
   showDetail({ axis, start, end }, series) {
     const now = this.stretch();
     if (!this.zoomed || axis !== this.axis || now.start !== start || now.end !== end) return;
-    const { loss, grad_norm: norm } = series.curves;
+    const { loss, grad_norm: norm, learning_rate: rate } = series.curves;
     if (!loss) return;
-    this.detail = { loss, norm: norm ?? column() };
+    this.detail = { loss, norm: norm ?? column(), rate: rate ?? column() };
     this.request(true);
   }
 
@@ -310,7 +334,7 @@ export class RunChart {
   }
 
   traces() {
-    const { loss, norm, held, signals } = this.shown();
+    const { loss, held, signals } = this.shown();
     const colour = (token) => bonsai.colour(token);
     const green = colour("chart-1");
     const blue = colour("chart-2");
@@ -318,11 +342,10 @@ export class RunChart {
     const soft = this.smoothing > 0 ? 0.3 : 1;
     const size = this.unit().size;
     const raw = (hue) => ({ line: { color: hue, width: this.smoothing > 0 ? 1 : 1.75 }, opacity: soft });
-    const traces = [this.line(loss, loss.value, raw(green)), this.line(norm, norm.value, { ...raw(pink), yaxis: "y2" })];
+    const traces = [this.line(loss, loss.value, raw(green)), ...this.lower(raw(pink), pink)];
     if (this.smoothing > 0) {
       const calm = smoothed(loss.value, this.smoothing);
       traces.push(this.line(loss, calm, { line: { color: green, width: 2.5, shape: "linear" } }));
-      traces.push(this.line(norm, smoothed(norm.value, this.smoothing), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
       if (!this.ended && !this.detail && calm.length) {
         traces.push({ type: "scatter", mode: "markers", hoverinfo: "none", cliponaxis: false, x: [loss[this.axis].at(-1) / size], y: [calm.at(-1)],
           marker: { color: green, size: 9, line: { color: colour("surface"), width: 2 } } });
@@ -340,6 +363,52 @@ export class RunChart {
       marker: { symbol: "triangle-right", size: 13, color: signals.map((signal) => colour(SIGNAL_COLOURS[signal.action] ?? "ink-3")) },
     });
     return traces;
+  }
+
+  /** The lines of the lower chart. */
+  lower(raw, pink) {
+    const { norm, rate, held, general } = this.shown();
+    if (this.below === "rate") return [this.line(rate, rate.value, { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" })];
+    if (this.below === "kept") {
+      const marked = (colour, dash) => ({ mode: "lines+markers", yaxis: "y2", line: { color: colour, width: 2, dash }, marker: { color: colour, size: 6 } });
+      return [
+        this.line(held, since(held, -1), marked(bonsai.colour("chart-2"), "6px,3px")),
+        this.line(general, since(general, 1), marked(bonsai.colour("chart-3"), "solid")),
+      ];
+    }
+    const lines = [this.line(norm, norm.value, { ...raw, yaxis: "y2" })];
+    if (this.smoothing > 0) lines.push(this.line(norm, smoothed(norm.value, this.smoothing), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
+    return lines;
+  }
+
+  /** What the lower chart is called. */
+  title() {
+    if (this.below === "rate") return "Learning rate";
+    if (this.below !== "kept") return "Gradient norm";
+    return this.curves.general.value.length ? "Learned (dashed), forgotten (solid)" : "Learned since the start (dashed)";
+  }
+
+  /** A vertical axis of the lower chart: from zero, except where changes may be negative. */
+  lowerAxis() {
+    const curve = { norm: this.curves.norm, rate: this.curves.rate }[this.below];
+    if (!curve) return { zeroline: true, zerolinecolor: bonsai.colour("edge") };
+    const range = this.usual && !this.log ? usual(curve.value) : null;
+    if (range) return { range };
+    return { type: this.log ? "log" : "linear", ...(this.log ? this.ticks(curve) : { rangemode: "tozero" }) };
+  }
+
+  /** The range of the upper chart when rare values are left out of sight. */
+  upperAxis() {
+    const { loss, held } = this.curves;
+    const range = this.usual ? usual([...loss.value, ...held.value]) : null;
+    if (range) return this.log ? { range: range.map((value) => Math.log10(Math.max(value, 1e-12))) } : { range };
+    return this.log ? {} : { rangemode: "tozero" };
+  }
+
+  /** The chart as a picture file. */
+  save(name) {
+    const layout = { ...this.place.layout, paper_bgcolor: bonsai.colour("surface") }; // on the page the card behind it is its ground
+    return Plotly.downloadImage({ data: this.place.data, layout }, { format: "png", width: 1280, height: 720, scale: 2, filename: name });
   }
 
   /** An empty label over each flag, which shows its sentence to whoever points at it. */
@@ -384,10 +453,10 @@ export class RunChart {
         tickcolor: colour("line"), linecolor: colour("line"), showline: true, separatethousands: true, rangemode: "nonnegative",
         title: { text: unit.word, font: { color: colour("ink-3"), size: 12 }, standoff: 8 },
         showspikes: true, spikemode: "across", spikesnap: "hovered data", spikethickness: 1, spikedash: "solid", spikecolor: colour("edge") },
-      yaxis: { ...grid, domain: [0.37, 1], type: this.log ? "log" : "linear", ...(this.log ? this.ticks(this.curves.loss, this.curves.held) : { rangemode: "tozero" }) },
-      yaxis2: { ...grid, domain: [0, 0.27], nticks: 3, type: this.log ? "log" : "linear", ...(this.log ? this.ticks(this.curves.norm) : { rangemode: "tozero" }) },
+      yaxis: { ...grid, domain: [0.37, 1], type: this.log ? "log" : "linear", ...(this.log ? this.ticks(this.curves.loss, this.curves.held) : {}), ...this.upperAxis() },
+      yaxis2: { ...grid, domain: [0, 0.27], nticks: 3, ...this.lowerAxis() },
       yaxis3: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
-      annotations: [label("Loss", 1.005), label("Gradient norm", 0.275), ...this.notes()],
+      annotations: [label("Loss", 1.005), label(this.title(), 0.275), ...this.notes()],
       shapes: edge > 0 ? [band, ...this.curves.signals.map(pole)] : this.curves.signals.map(pole),
     };
   }

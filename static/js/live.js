@@ -5,7 +5,7 @@ const POLL_MS = 2000;
 const REFRESH_MS = 1200;
 const SILENCE_MS = 10000;
 const LAST_WORDS = ["succeeded", "failed", "cancelled"];
-const DRAWN = "curves=loss,grad_norm,eval_loss";
+const DRAWN = "curves=loss,grad_norm,learning_rate,eval_loss,general_loss";
 const STRETCH_POINTS = 1200; // more than a chart has pixels
 const CLOSED_FOR_GOOD = [4403, 4404];
 
@@ -268,6 +268,15 @@ function controls(figure, chart) {
   const log = figure.querySelector("#log-scale");
   log.checked = recall("log", "no") === "yes";
   log.addEventListener("change", () => { bonsai.remember("curve-log", log.checked ? "yes" : "no"); chart.set({ log: log.checked }); });
+  const usual = figure.querySelector("#usual-values");
+  usual.addEventListener("change", () => chart.set({ usual: usual.checked }));
+  for (const button of figure.querySelectorAll("[data-below]")) {
+    button.addEventListener("click", () => {
+      for (const other of figure.querySelectorAll("[data-below]")) other.setAttribute("aria-pressed", String(other === button));
+      chart.set({ below: button.dataset.below });
+    });
+  }
+  figure.querySelector("[data-save]").addEventListener("click", () => chart.save(document.title.replace(/[^\w]+/g, "-").toLowerCase()));
   const whole = figure.querySelector("[data-whole]");
   whole.addEventListener("click", () => chart.whole());
   chart.onzoom = (zoomed) => { whole.hidden = !zoomed; };
