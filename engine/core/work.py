@@ -97,7 +97,9 @@ class Mark:
     total_steps: int = 0  # of the whole trial
     elapsed: float = 0.0  # seconds of training that the search had cost when the slice ended, interruptions left out
     heldout: Mapping[str, float] = field(default_factory=dict)  # eval_loss, general_loss … at the end of the slice
-    early: Mapping[str, float] = field(default_factory=dict)  # engine.parts.signals.Window over all steps so far, NaN left out
+    early: Mapping[str, float] = field(
+        default_factory=dict
+    )  # engine.parts.signals.Window over all steps so far, NaN left out
     group: str = ""  # trials with the same key may be compared by norm and training loss
 
 

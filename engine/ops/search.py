@@ -80,6 +80,7 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
     trials: dict[int, Trial] = {}
     try:
         while not player.stopped and (asked := method.ask(list(trials.values()))):
+            table.standing(trials, player.done_steps)  # what the method has decided since the last slice
             for ask in asked:
                 trial = trials.setdefault(ask.trial, Trial(number=ask.trial))
                 player.play(ask, trial, trials, table)
@@ -161,7 +162,9 @@ class _Player:
         self.stopped = bool(line.get("stopped"))
         self.elapsed = float(line.get("elapsed", 0.0))
         trial.marks.append(
-            Mark(step=line["step"], score=score, values=dict(ask.values), elapsed=self.elapsed, **line.get("numbers", {}))
+            Mark(
+                step=line["step"], score=score, values=dict(ask.values), elapsed=self.elapsed, **line.get("numbers", {})
+            )
         )
         trial.failed = line["failed"]
 
