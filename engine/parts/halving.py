@@ -165,13 +165,17 @@ def select(standings: Sequence[Standing], rule: Rule, kept: frozenset[int] = fro
 
 def promotable(standings: Sequence[Standing], rule: Rule, gone: frozenset[int]) -> list[tuple[int, str]]:
     """The asynchronous form (ASHA, Li et al. 2020): runs in the top 1/eta, by either list, of those that have reached the rung so far, without those that
-    have gone on already; (trial, list), best first. A list with no share in the quota does not count."""
+    have gone on already; (trial, list), best first. A list with no share in the quota does not count.
+
+    No more go on in all than one of eta: the tops of two lists, and tops that change while runs arrive, would otherwise let most of them through.
+    """
     ranks = ranks_of(standings, rule.goal)
     heldout, dynamics = lists(ranks, min(rule.least, len(standings)))
     top = math.floor(len(standings) / rule.eta + 1e-9)
     heldout = heldout[:top] if rule.quota < 1 else []
     dynamics = dynamics[:top] if rule.quota > 0 else []
-    return [(trial, by) for trial, by in deal(heldout, dynamics, rule.quota) if trial not in gone]
+    able = [(trial, by) for trial, by in deal(heldout, dynamics, rule.quota) if trial not in gone]
+    return able[: max(0, top - len(gone))]
 
 
 # ── what the rule would have cost ─────────────────────────────────────────────────────────────────────────────────────
