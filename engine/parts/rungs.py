@@ -196,7 +196,7 @@ def spoken(decisions: Collection[Decision], planned: int, *, shadow: bool) -> st
     for rung in sorted({decision.rung for decision in decisions}):
         here = [decision for decision in decisions if decision.rung == rung]
         parts.append(f"{sum(not d.goes_on for d in here)} of {len(here)} at {rung:.0%}")
-    return f"{'The rule would have stopped' if shadow else 'Stopped were'} {' and '.join(parts)}." if parts else ""
+    return f"{'The rule would have stopped' if shadow else 'The rule stopped'} {' and '.join(parts)}." if parts else ""
 
 
 def full_report(

@@ -31,8 +31,12 @@ def live_trials(newest_first: Iterable[Mapping[str, Any]]) -> dict[str, Any] | N
     if not latest:
         return None
     names = list(dict.fromkeys(str(name) for number in sorted(latest) for name in latest[number].get("values") or {}))
-    known = [(float(row["score"]), number) for number, row in latest.items() if is_number(row.get("score"))]
-    best = max(known, default=(0.0, -1))[1]
+    known = [
+        (_gone(row), float(row["score"]), -number) for number, row in latest.items() if is_number(row.get("score"))
+    ]
+    best = -max(known, default=(0.0, 0.0, 1))[
+        2
+    ]  # among those that have come furthest: a score at the first look says less
     # what moves first, then the best; a long search shows its upper end
     order = sorted(latest.values(), key=lambda row: (row.get("state") != "running", -_score(row), row["trial"]))
     rows = [
@@ -145,6 +149,11 @@ def shown(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """Whether it can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _gone(row: Mapping[str, Any]) -> float:
+    done, total = row.get("done"), row.get("total")
+    return min(1.0, float(done) / float(total)) if is_number(done) and is_number(total) and total else 0.0  # type: ignore[arg-type]
 
 
 def _score(row: Mapping[str, Any]) -> float:
