@@ -23,7 +23,7 @@ WITH_GENERAL = (
     "verifiable",
     "preference",
 )  # goals whose held-out scores include the general set
-_LISTS = {HELDOUT: "by kept-back examples", DYNAMICS: "by early signals", "named": "because it was named to be kept",
+_LISTS = {HELDOUT: "chosen by kept-back examples", DYNAMICS: "chosen by early signals", "named": "because it was named to be kept",
           "revived": "in the place of one that broke down", "last": "as the best of those that came furthest"}  # fmt: skip
 
 
