@@ -14,6 +14,8 @@ sample      {"prompt": …, "output": …, "expected": …, "key"}: at the end, 
 signal      {"action": "note" | "warn" | "save" | "stop", "rule": slug, "message": sentence, "numbers": {…}}
 checkpoint  {"path": relative folder, "best": bool}
 artifact    {"path": "artifact", "files": […], "certificate": "pass" | "fail"}
+trial       {"trial": number, "state": engine.core.method.TRIAL_STATES, "done": its step, "total": its last step, "score", "values": {name: value},
+             "message": sentence} of a search, whenever one of these has changed
 child       {"attempt", "pid", "device", …} once at the start of each attempt
 
 A number that is not finite is written as null and named in "nonfinite": ["loss"], because JSON has no NaN.
@@ -32,11 +34,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "state", "metric", "evaluation", "progress", "log", "sample", "signal", "checkpoint", "artifact", "child"
+    "state", "metric", "evaluation", "progress", "log", "sample", "signal", "checkpoint", "artifact", "child", "trial"
 ]
 LOG_NAME = "events.jsonl"
 MOST_ROWS = 1000  # of one metric event
-_ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal"})
+_ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal", "trial"})
 _SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child"})
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 

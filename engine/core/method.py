@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from engine.core.work import Ask, Outcome, Report, Step, Trial
 
 Training = Literal["none", "optional", "required"]
+TRIAL_STATES = ("waiting", "running", "stopped", "finished", "failed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +285,7 @@ class SearchMethod(WorkMethod):
     training = "required"
 
     def begin(self, ctx: Any) -> None:
-        """Once at the start. ctx: engine.ops.search.SearchContext (recipe, total_steps, space, rng)."""
+        """Once at the start. ctx: engine.ops.search.SearchContext (recipe, total_steps, steps_of, rng)."""
 
     def ask(self, trials: Sequence[Trial]) -> list[Ask]:
         """What to run next, given every trial so far; an empty list ends the search. New numbers start new trials."""
@@ -292,6 +293,15 @@ class SearchMethod(WorkMethod):
 
     def tell(self, trial: Trial) -> None:
         """A slice was run: its mark is the last of `trial.marks`."""
+
+    def standing(self, trial: Trial) -> tuple[str, str]:
+        """What the table of a running search says of a trial: a word of TRIAL_STATES, and a sentence with the reason, or nothing.
+
+        Asked after every slice. The default knows nothing of verdicts: a trial that has not reached its end waits.
+        """
+        if trial.failed:
+            return "failed", trial.failed
+        return ("finished", "") if trial.marks and trial.step >= trial.marks[-1].total_steps else ("waiting", "")
 
     def winner(self, trials: Sequence[Trial]) -> int:
         """The trial to take home. Default: the best last score among those that went furthest."""

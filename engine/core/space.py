@@ -86,7 +86,17 @@ def parse_space(text: str, recipe: Recipe) -> tuple[tuple[Knob, ...], list[Fault
 
 def is_live(knob: Knob, recipe: Recipe) -> bool:
     """Whether the setting may change while a run goes on, between two steps."""
-    return bool((_dial(knob.name, recipe)[0] or {}).get("live"))
+    return is_live_name(knob.name, recipe)
+
+
+def is_live_name(name: str, recipe: Recipe) -> bool:
+    """Whether the number behind a dotted name may change while a run goes on."""
+    return bool((_dial(name, recipe)[0] or {}).get("live"))
+
+
+def present_value(knob: Knob, recipe: Recipe) -> Any:
+    """What the setting stands at in the recipe, or None."""
+    return _dial(knob.name, recipe)[1]
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

@@ -14,7 +14,8 @@ from engine.core.recipe import DataRef, ModelRef, Recipe
 class Report:
     """What was found out: one sentence, the numbers behind it, and a table with one mapping a row.
 
-    `curve` names two columns of the table that make a curve worth drawing, x first.
+    `curve` names two columns of the table that make a curve worth drawing, x first. When the rows are trials of a search, `knobs` names the
+    columns that were turned, and `score` the column that says how it came out (larger is better).
     """
 
     title: str
@@ -22,6 +23,8 @@ class Report:
     numbers: dict[str, Any] = field(default_factory=dict)
     table: tuple[dict[str, Any], ...] = ()
     curve: tuple[str, str] | None = None
+    knobs: tuple[str, ...] = ()
+    score: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -81,11 +84,23 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """The score of a trial at a step, with the values it had trained with until then."""
+    """The end of a slice: the score of a trial at a step, the values it had trained with until then, and what its log showed.
+
+    The numbers are those of the trial alone, counted from its own start; a slice that broke down has none.
+    """
 
     step: int
     score: float  # larger is better; -inf when it is not a number
     values: dict[str, Any]
+    samples: int = 0  # read so far
+    planned_samples: int = 0  # that the whole trial reads
+    total_steps: int = 0  # of the whole trial
+    elapsed: float = 0.0  # seconds of training that the search had cost when the slice ended, interruptions left out
+    heldout: Mapping[str, float] = field(default_factory=dict)  # eval_loss, general_loss … at the end of the slice
+    early: Mapping[str, float] = field(
+        default_factory=dict
+    )  # engine.parts.signals.Window over all steps so far, NaN left out
+    group: str = ""  # trials with the same key may be compared by norm and training loss
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,8 @@
 
 Every trial is a job folder of its own (`trials/003/`) whose run pauses at the end of a slice. Overwriting a trial with a donor links the donor's
 checkpoints into its folder: weights, optimizer moments, counters, generators and data cursor; then its own settings apply. Finished slices stand in
-`slices.jsonl`; an interrupted search asks the method the same questions again and reads the answers there.
+`slices.jsonl`, with their numbers and the seconds they took; an interrupted search asks the method the same questions again and reads the answers
+there, so that whatever it decided by score, by numbers or by the clock it decides again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from engine.core.events import EventLog
 from engine.core.fork import link
 from engine.core.method import Chosen, SearchMethod
 from engine.core.recipe import Recipe, canonical
-from engine.core.space import with_values
+from engine.core.registry import catalogue
+from engine.core.slots import Slot
+from engine.core.space import is_live_name, with_values
 from engine.core.work import Ask, Mark, Trial
 from engine.ops.check import Checked, require
 from engine.ops.nested import NestedLog, result_of, take_home
+from engine.ops.slices import TrialTable, numbers_of
 from engine.ops.train import announce, plan, prepare
 from engine.ops.work import Inputs
 from engine.train.checkpoint import FOLDER as CHECKPOINTS
@@ -40,11 +45,15 @@ TRIALS, RECORD, SLICE = "trials", "slices.jsonl", "slice.json"
 
 @dataclass(kw_only=True)
 class SearchContext:
-    """What a search method knows before it asks: the resolved training recipe, how many steps a whole trial has, and a generator of its own."""
+    """What a search method knows before it asks: the resolved training recipe, how many steps a whole trial has, and a generator of its own.
+
+    total_steps: with the recipe as it stands.  steps_of: with other values, by dotted name; a larger batch makes fewer steps of the same examples.
+    """
 
     recipe: Recipe
     total_steps: int
     rng: random.Random
+    steps_of: Callable[[Mapping[str, Any]], int]
 
 
 class _Left(Exception):
@@ -63,16 +72,24 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
     (folder / TRIALS).mkdir(exist_ok=True)
     log.emit("state", {"state": "running", "message": f"{lead.method.card.title} begins."})
     player = _Player(inner.recipe, lead, folder, log, control)
-    method.begin(SearchContext(recipe=inner.recipe, total_steps=player.total_steps, rng=player.rng))
+    table = TrialTable(method, log)
+    method.begin(
+        SearchContext(recipe=inner.recipe, total_steps=player.total_steps, rng=player.rng, steps_of=player.steps_of)
+    )
+    assert checked.facts is not None
+    player.planned_steps = round(lead.method.num_runs(lead.params, checked.facts) * player.total_steps)
     trials: dict[int, Trial] = {}
     try:
         while not player.stopped and (asked := method.ask(list(trials.values()))):
+            table.standing(trials, player.done_steps)  # what the method has decided since the last slice
             for ask in asked:
                 trial = trials.setdefault(ask.trial, Trial(number=ask.trial))
-                player.play(ask, trial, trials)
+                player.play(ask, trial, trials, table)
                 method.tell(trial)
+                table.standing(trials, player.done_steps)
                 if player.stopped:  # a person said "stop and keep": the best so far goes home
                     break
+            table.standing(trials, player.done_steps)
         winner = method.winner(list(trials.values()))
         taken = player.export(trials[winner])
     except _Left as left:
@@ -94,25 +111,33 @@ class _Player:
         self.finished = _finished(self.record)
         self.count = 0
         self.done_steps = 0
+        self.planned_steps = 0  # of the whole search, as far as it can be said beforehand
+        self.elapsed = 0.0
         self.notes: list[str] = []
         self.stopped = False
-        self.total_steps = self._plan()
+        self._plans: dict[str, int] = {}
+        self.total_steps = self.steps_of({})
 
-    def _plan(self) -> int:
-        """How many steps a whole trial has; found out once, since it takes a look at every example."""
-        path = self.folder / "plan.json"
-        if not path.exists():
-            checked = require(self.recipe)
+    def steps_of(self, values: Mapping[str, Any]) -> int:
+        """How many steps a whole trial with these values has; found out once for each kind of batches, since it takes a look at every example."""
+        shaping = {name: value for name, value in values.items() if _shapes_batches(name, self.recipe)}
+        key, path = canonical(shaping), self.folder / "plan.json"
+        if not self._plans and path.exists():
+            self._plans = dict(json.loads(path.read_text(encoding="utf-8")).get("steps", {}))
+        if key not in self._plans:
+            recipe = with_values(self.recipe, shaping)
+            checked = require(recipe)
             assert checked.facts is not None
-            inputs = Inputs(self.recipe, checked.facts)
-            policies = build_slots(self.recipe, checked.facts, inputs.task)[1].policies
+            inputs = Inputs(recipe, checked.facts)
+            policies = build_slots(recipe, checked.facts, inputs.task)[1].policies
             for policy in policies:
                 policy.survey(inputs.encoded)
-            clock = plan(self.recipe, inputs.task, inputs.encoded, self.recipe.settings.seed, policies)
-            write_json(path, {"total_steps": clock.total_steps})
-        return int(json.loads(path.read_text(encoding="utf-8"))["total_steps"])
+            clock = plan(recipe, inputs.task, inputs.encoded, recipe.settings.seed, policies)
+            self._plans[key] = clock.total_steps
+            write_json(path, {"steps": self._plans})
+        return self._plans[key]
 
-    def play(self, ask: Ask, trial: Trial, trials: dict[int, Trial]) -> None:
+    def play(self, ask: Ask, trial: Trial, trials: dict[int, Trial], table: TrialTable) -> None:
         """Train one slice, or read it from the record; the trial gets its mark."""
         donor = trials.get(ask.donor) if ask.donor is not None else None
         start = donor.step if donor is not None else trial.step
@@ -120,6 +145,7 @@ class _Player:
             trial.donors.append((donor.step, donor.number))
             trial.failed = ""
         trial.values = dict(ask.values)
+        table.running(trial, start, max(ask.until, self.steps_of(ask.values)), self.done_steps)
         asked = {"number": self.count, **asdict(ask)}
         if self.count < len(self.finished):
             line = self.finished[self.count]
@@ -135,7 +161,12 @@ class _Player:
         self.done_steps += max(0, line["step"] - start)
         score = -math.inf if line["score"] is None else float(line["score"])
         self.stopped = bool(line.get("stopped"))
-        trial.marks.append(Mark(step=line["step"], score=score, values=dict(ask.values)))
+        self.elapsed = float(line.get("elapsed", 0.0))
+        trial.marks.append(
+            Mark(
+                step=line["step"], score=score, values=dict(ask.values), elapsed=self.elapsed, **line.get("numbers", {})
+            )
+        )
         trial.failed = line["failed"]
 
     def home(self, number: int) -> Path:
@@ -146,6 +177,9 @@ class _Player:
         home = self.home(trial.number)
         home.mkdir(exist_ok=True)
         marker = home / SLICE
+        began, spent = time.monotonic(), 0.0
+        if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["number"] == self.count:
+            spent = float(json.loads(marker.read_text(encoding="utf-8")).get("spent", 0.0))
         if not marker.exists() or json.loads(marker.read_text(encoding="utf-8"))["number"] != self.count:
             if donor is not None:
                 _overwrite(self.home(donor.number), home)
@@ -155,7 +189,8 @@ class _Player:
                 self.log.emit("log", {"level": "info", "message": ask.reason}, step=self.done_steps)
         checked = require(with_values(self.recipe, ask.values))
         offset = {"step": self.done_steps - start, "samples": 0, "tokens": 0}
-        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, self.done_steps + ask.until - start)
+        ahead = max(self.planned_steps, self.done_steps + ask.until - start)
+        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, ahead)
         try:
             run = prepare(checked, home, log, self.control, forked=True)
             announce(run)
@@ -164,18 +199,27 @@ class _Player:
             if not ending.exports and (
                 ending.reason != "paused" or run.clock.step < min(ask.until, run.clock.total_steps)
             ):
+                write_json(marker, {**asked, "spent": spent + time.monotonic() - began})
                 raise _Left(ending)
             score = run.task.goodness(run.scores)[0]
             stopped = ending.reason == "stopped"
             step = ask.until if ending.exports and not stopped else run.clock.step
-            return {"step": step, "score": score if math.isfinite(score) else None, "failed": "", "stopped": stopped}
+            return {
+                "step": step,
+                "score": score if math.isfinite(score) else None,
+                "failed": "",
+                "stopped": stopped,
+                "elapsed": round(self.elapsed + spent + time.monotonic() - began, 3),
+                "numbers": numbers_of(run, home),
+            }
         except EngineError as error:
             if error.reason != "diverged":
                 raise
             self.log.emit(
                 "log", {"level": "warning", "message": f"Trial {trial.number}: {error}"}, step=self.done_steps
             )
-            return {"step": ask.until, "score": None, "failed": str(error)}
+            elapsed = round(self.elapsed + spent + time.monotonic() - began, 3)
+            return {"step": ask.until, "score": None, "failed": str(error), "elapsed": elapsed, "numbers": {}}
         finally:
             log.close()
 
@@ -192,6 +236,15 @@ class _Player:
             finally:
                 log.close()
         return result_of(f"trial-{trial.number}", home, Ending(reason="completed", message=""))
+
+
+def _shapes_batches(name: str, recipe: Recipe) -> bool:
+    """Whether a value may change how many steps a run has: a setting that is fixed while it runs, or a dial of a data policy."""
+    head, _, _ = name.partition(".")
+    if head == "settings":
+        return not is_live_name(name, recipe)
+    method = catalogue().get(head)
+    return method is not None and Slot.DATA_POLICY in method.slots
 
 
 def _overwrite(donor: Path, receiver: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from studio.pages import words
 from studio.pages.telling import capital
+from studio.pages.trials import importances, parallel
 
 MAX_ROWS = 200
 WIDTH, HEIGHT, PAD = 640.0, 220.0, 12.0
@@ -32,6 +33,8 @@ def report_of(description: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": [[(_title(name), _cell(row.get(name))) for name in columns] for row in table[:MAX_ROWS]],
         "more": max(0, len(table) - MAX_ROWS),
         "curve": _curve(table, report.get("curve")),
+        "parallel": parallel(table, report.get("knobs"), report.get("score")),
+        "importance": importances(report.get("numbers") or {}),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -27,14 +27,16 @@ from jobs.models import ACTIVE, TERMINAL, Event, Job, Status
 from jobs.plain import Refused, faults_of
 from jobs.series import series
 from studio.pages import comparing, forking, results, telling, words
+from studio.pages.trials import live_trials
 from studio.pages.verdict import verdict
 
 RUNS_A_PAGE = 20
 SPARK_POINTS = 80
 FIRST_LOOK = 0.1  # of the planned examples, unless a method of the run looks earlier or later
-PARTS = ("head", "strip", "notice", "signals", "numbers", "samples", "table", "states", "log", "machine")
+PARTS = ("head", "strip", "notice", "trials", "signals", "numbers", "samples", "table", "states", "log", "machine")
+MOST_TRIALS = 4000  # events about trials that one look reads
 NOT_MEASURED = {"eval_loss": None, "eval_accuracy": None, "samples": None}
-STORY = ("log", "state", "status", "checkpoint", "child")
+STORY = ("log", "state", "status", "checkpoint", "child", "trial")
 TABS = {
     "": ("All", ()),
     "active": ("At work", (*ACTIVE, Status.LOST)),
@@ -187,6 +189,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
         "queue_place": telling.in_front(job, request.user) if job.status == Status.QUEUED else None,
         "remedy": telling.remedy(job), "methods": telling.methods(job), "first_look": first_look(job),
         "states": forking.shown_states(job), "family": forks.family(job, request.user),
+        "trials": live_trials(_trial_events(job)),
     }  # fmt: skip
 
 
@@ -222,6 +225,14 @@ def summary(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(parts) or "There is nothing to draw yet: the curve begins with the first step."
 
 
+def _trial_events(job: Job) -> Iterator[dict[str, Any]]:
+    """What a search said about its trials, the newest first; nothing is asked for a run that is none."""
+    if job.recipe.get("operation") != "search":
+        return
+    rows = Event.objects.filter(job=job, kind="trial").order_by("-seq")[:MOST_TRIALS]
+    yield from rows.values_list("data", flat=True)
+
+
 def _samples(events: Sequence[Event]) -> list[dict[str, Any]]:
     """The newest answers, each with those that the model gave to the same example before, as far as they were others."""
     found = [event for event in events if event.kind == "sample"]
@@ -245,7 +256,7 @@ def _samples(events: Sequence[Event]) -> list[dict[str, Any]]:
 def _line(event: Event) -> dict[str, Any] | None:
     """One line of the log, as a sentence."""
     data, text, level = event.data, "", "info"
-    if event.kind in ("log", "state"):
+    if event.kind in ("log", "state", "trial"):
         text, level = str(data.get("message", "")), str(data.get("level", "info"))
     elif event.kind == "status":
         word = (
