@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,9 @@ from engine.core.recipe import parse_recipe
 from engine.ops.check import require
 from engine.ops.pretrain import train_tokenizer
 from engine.ops.train import prepare
-from engine.starters import starter_data
 from engine.starters.corpus import dialogues, stories
 from engine.train.loop import train
-from engine.train.parts import Loss, Signal
+from engine.train.parts import Look, Loss, Signal
 from engine.train.run import Run
 
 Sabotage = Callable[[Run], None]
@@ -45,7 +45,7 @@ class Case:
     base: str = ""  # model in the ward; that of the task when empty
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Judged:
     """What the doctor said of a run: signals with the step at which they were given."""
 
@@ -55,6 +55,8 @@ class Judged:
     steps: int = 0
     planned: int = 0
     scores: list[float] = field(default_factory=list)  # held-out losses in their order
+    looks: list[Look] = field(default_factory=list)
+    run: Run | None = None
 
     @property
     def warned(self) -> list[tuple[int, Signal]]:
@@ -88,19 +90,23 @@ class Ward:
         self._write("stories", [{"text": text} for text in told])
         topics = topic_rows(rng, 720)
         self._write("topics", topics)
+        self._write("lessons", [{**row, "label": f"about the {row['label']}"} for row in topic_rows(rng, 720)])
         self._write("topics-shuffled", shuffled_labels(topics, rng))
-        self._write("topics-constant", [{**row, "text": "the same words in every row"} for row in topics])
+        alike = " ".join(["the same words"] * 8)
+        self._write(
+            "topics-cut", [{**row, "text": f"{alike} {row['text']}"} for row in topics]
+        )  # alike up to where they are cut
         self._write("topics-few", shuffled_labels(topics[:90], rng))
-        self._write("topics-repeated", shuffled_labels(topics[:60], rng) * 12)
+        self._write("topics-repeated", shuffled_labels(topics[:72], rng) * 12)
         talks = [row for row in dialogues(22, 4000) if sum(len(turn["content"]) for turn in row["messages"]) < 110]
-        self._write("talks", [dict(row) for row in talks[:700]])
+        self._write("talks", [dict(row) for row in talks])
+        spoken = (" / ".join(turn["content"] for turn in row["messages"]) for row in dialogues(23, 640))
+        self._write("speech", [{"text": text[-220:]} for text in spoken])
         self._write("stories-few", [{"text": text} for text in told[:40]])
         strange = [" ".join(str(rng.randrange(10)) * rng.randint(1, 4) for _ in range(24)) for _ in range(400)]
         self._write("strange", [{"text": text} for text in strange])
         mixed = [*told[:360], *("".join(rng.choice("qxzjkvwy ") for _ in range(60)) for _ in range(360))]
         self._write("mixed", [{"text": text} for text in mixed])
-        lines = Path(starter_data("customer-messages").path).read_text(encoding="utf-8")
-        (self.folder / "messages.csv").write_text(lines, encoding="utf-8")
 
     def _write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         with (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
@@ -122,29 +128,27 @@ class Ward:
         encoder = BertConfig(
             **shape, vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id
         )
-        BertModel(encoder).save_pretrained(self.folder / "encoder")
+        BertModel(encoder).save_pretrained(self.folder / "blank")
         decoder = LlamaConfig(
             **shape, num_key_value_heads=4, vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         LlamaForCausalLM(decoder).save_pretrained(self.folder / "raw")
-        for name in ("encoder", "raw"):
+        for name in ("blank", "raw"):
             tokenizer.save_pretrained(self.folder / name)
         self._school("raw", "decoder", "causal_lm", "stories", 260)
-        self._school("encoder", "reader", "classify", "messages", 0)
+        self._school("blank", "encoder", "classify", "lessons", 220)
 
     def _school(self, start: str, name: str, task: str, data: str, steps: int) -> None:
-        """A model that has learned something, so that there is something to forget."""
-        if not steps:
-            (self.folder / name).symlink_to(self.folder / start)
-            return
+        """A model that has learned something, so that there is something to forget and to build on."""
         case = Case(
             name="school", task=task, data=data, base=start, methods=[("full-finetuning", {}), ("linear", {})],
             settings={"learning_rate": 4e-3, "max_steps": steps, "epochs": 20, "batch_size": 16, "evaluations": 1},
         )  # fmt: skip
         run = self.prepared(case, 5)
         train(run)
-        run.model.save_pretrained(self.folder / name)  # type: ignore[operator]
+        body: Any = getattr(run.model, "bert", run.model)  # of an encoder, without the head of these lessons
+        body.save_pretrained(self.folder / name)
         run.tokenizer.save_pretrained(self.folder / name)
 
     # ── runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,7 +156,7 @@ class Ward:
     def prepared(self, case: Case, seed: int) -> Run:
         """The run of a case, ready to start."""
         self._count += 1
-        folder = self.folder / f"run-{self._count}"
+        folder = self.folder / f"run-{os.getpid()}-{self._count}"
         folder.mkdir()
         base = case.base or ("encoder" if case.task == "classify" else "decoder")
         settings = {
@@ -172,8 +176,10 @@ class Ward:
         """Run a case to its end, or to its crash, and keep what was said."""
         run = self.prepared(case, seed)
         run.save = lambda: None  # type: ignore[method-assign]  # nothing of these runs is kept
-        judged = Judged(case=case, seed=seed, planned=run.clock.total_steps)
+        judged = Judged(case=case, seed=seed, planned=run.clock.total_steps, run=run)
         tell, evaluate = run.tell, run.evaluate
+        for watcher in run.slots.watchers:
+            watcher.see = _heard(watcher.see, judged.looks)  # type: ignore[method-assign, assignment]
 
         def told(signals: list[Signal]) -> list[Signal]:
             judged.said.extend((run.clock.step, signal) for signal in signals)
@@ -190,21 +196,52 @@ class Ward:
         except EngineError as error:
             if error.reason != "diverged":
                 raise
-        object.__setattr__(judged, "steps", run.clock.step)
+        judged.steps = run.clock.step
         return judged
 
 
+def _heard(see: Callable[[Look], Iterable[Signal]], looks: list[Look]) -> Callable[[Look], Iterable[Signal]]:
+    """A watcher's `see` that keeps what it was shown."""
+
+    def hear(look: Look) -> Iterable[Signal]:
+        looks.append(look)
+        return see(look)
+
+    return hear
+
+
 TOPICS = {
-    "sea": "boat wave fish harbour sail salt".split(),
-    "field": "wheat plough corn barn hay mill".split(),
-    "wood": "pine axe owl moss trunk fox".split(),
-    "town": "market bell street shop square lamp".split(),
+    "sea": ["boat", "wave", "fish", "harbour", "sail", "salt"],
+    "field": ["wheat", "plough", "corn", "barn", "hay", "mill"],
+    "wood": ["pine", "axe", "owl", "moss", "trunk", "fox"],
+    "town": ["market", "bell", "street", "shop", "square", "lamp"],
 }
 
 
 def topic_rows(rng: random.Random, count: int) -> list[dict[str, str]]:
     """Short texts about four topics: two or three telling words among ordinary ones, one label in thirty wrong."""
-    plain = "the a old new small they went and saw one day near with some good red long then came home".split()
+    plain = [
+        "the",
+        "a",
+        "old",
+        "new",
+        "small",
+        "they",
+        "went",
+        "and",
+        "saw",
+        "one",
+        "day",
+        "near",
+        "with",
+        "some",
+        "good",
+        "red",
+        "long",
+        "then",
+        "came",
+        "home",
+    ]
     rows = []
     for number in range(count):
         topic = list(TOPICS)[number % len(TOPICS)]
@@ -300,10 +337,10 @@ def only_the_end(run: Run) -> None:
         if labels is None:
             raise TypeError("These examples hold no columns.")
         flat = labels.flat.copy()
-        for start, end in zip(labels.offsets[:-1].tolist(), labels.offsets[1:].tolist(), strict=True):
+        for start, end in zip(labels.starts[:-1].tolist(), labels.starts[1:].tolist(), strict=True):
             known = [place for place in range(start, end) if flat[place] != -100]
             flat[known[:-1]] = -100
-        examples.columns["labels"] = type(labels)(flat, labels.offsets)
+        examples.columns["labels"] = type(labels)(flat, labels.starts)
 
     cut(run.encoded.train)
     if run.encoded.holdout.columns is not run.encoded.train.columns:  # type: ignore[attr-defined]
@@ -384,7 +421,9 @@ def thrown(at: int, size: float) -> Sabotage:
 
     def apply(run: Run) -> None:
         original = run.schedule.factor
-        run.schedule.factor = lambda clock: size if clock.step == at else original(clock) * (0.02 if clock.step > at else 1.0)  # type: ignore[method-assign]
+        run.schedule.factor = lambda clock: (
+            size if clock.step == at else original(clock) * (0.02 if clock.step > at else 1.0)
+        )  # type: ignore[method-assign]
 
     return apply
 
@@ -440,24 +479,61 @@ def sick_cases() -> Iterator[Case]:
     yield language("all labels masked", {"nothing-to-learn"}, masked(1.0), task="instruct", data="talks")
     yield language("six of ten batches masked", {"nothing-to-learn"}, masked(0.6), task="instruct", data="talks")
     yield classify("labels shuffled", {"plateau", "one-answer", "rate-too-low", *HEART}, data="topics-shuffled")
-    yield classify("sorted by class", {"sorted-data", "loss-shift", "loss-broke"}, ordered(by_label), epochs=3, max_steps=230)
-    yield language("sorted by source", {"sorted-data", "loss-shift", "loss-broke"}, ordered(by_source), data="mixed", epochs=3, max_steps=230)
+    yield classify(
+        "sorted by class", {"sorted-data", "loss-shift", "loss-broke"}, ordered(by_label), epochs=3, max_steps=230
+    )
+    yield language(
+        "sorted by source",
+        {"sorted-data", "loss-shift", "loss-broke"},
+        ordered(by_source),
+        data="mixed",
+        epochs=3,
+        max_steps=230,
+    )
     yield language("shift in the data", {"loss-shift", "loss-broke"}, ordered(by_source), data="mixed", epochs=1)
-    yield classify("repeated rows learned by heart", HEART | {"plateau"}, data="topics-repeated", epochs=4, max_steps=240, learning_rate=2e-3)
+    yield classify(
+        "repeated rows learned by heart",
+        HEART | {"plateau"},
+        data="topics-repeated",
+        epochs=4,
+        max_steps=240,
+        learning_rate=2e-3,
+    )
     yield classify("few rows learned by heart", HEART, data="topics-few", epochs=25, max_steps=240, learning_rate=2e-3)
-    yield language("few texts learned by heart", HEART, data="stories-few", epochs=60, max_steps=200, learning_rate=4e-3, holdout=0.3)
+    yield language(
+        "few texts learned by heart",
+        HEART,
+        data="stories-few",
+        epochs=60,
+        max_steps=200,
+        learning_rate=4e-3,
+        holdout=0.3,
+    )
     yield language("adapter zero on both sides", {"no-gradient", "idle-parts"}, zero_adapter, methods=LORA)
     yield classify("adapter zero on both sides, classes", {"idle-parts"}, zero_adapter, methods=LORA)
     yield classify("frozen by mistake", {"idle-parts"}, frozen_adapter, methods=LORA)
     yield classify("body detached", {"idle-parts"}, detached_body)
     yield language("wrong loss mask", {"too-easy"}, only_the_end, task="instruct", data="talks", epochs=1)
-    yield classify("one example at a time", {"too-noisy", "unsteady", *HIGH}, batch_size=1, learning_rate=1e-2, max_steps=160)
-    yield language("clipped to nothing", {"clip-too-small"}, methods=[("full-finetuning", {}), ("clip", {"max_norm": 1e-3}), ("constant", {})])
+    yield classify(
+        "one example at a time", {"too-noisy", "unsteady", *HIGH}, batch_size=1, learning_rate=1e-2, max_steps=160
+    )
+    yield language(
+        "clipped to nothing",
+        {"clip-too-small"},
+        methods=[("full-finetuning", {}), ("clip", {"max_norm": 1e-3}), ("constant", {})],
+    )
     yield language("forgets", {"forgetting"}, data="strange", learning_rate=4e-3)
     yield classify("plateau after a collapse", HIGH | {"loss-shift"}, thrown(60, 100.0))
     yield language("absurd weight decay", {"weights-fade", *HIGH}, decayed(20.0), learning_rate=3e-3)
-    yield classify("dropout of nine tenths", {"train-above-heldout", "plateau", "one-answer"}, dropped(0.9), learning_rate=2e-3, epochs=3, max_steps=200)
-    yield classify("constant input", {"plateau", "one-answer", "rate-too-low"}, data="topics-constant")
+    yield classify(
+        "dropout of nine tenths",
+        {"train-above-heldout", "plateau", "one-answer"},
+        dropped(0.9),
+        learning_rate=2e-3,
+        epochs=3,
+        max_steps=200,
+    )
+    yield classify("constant input", {"plateau", "one-answer", "rate-too-low"}, data="topics-cut", max_length=16)
     yield language("the same batch in every step", {"same-batch", *HEART}, stuck, methods=LORA, learning_rate=5e-3)
 
 
@@ -475,7 +551,7 @@ def healthy_cases() -> Iterator[Case]:
         "ScaleLoRA": ([("scalelora", {})], 5e-3),
     }
     for title, (methods, rate) in learners.items():
-        for task, data in (("classify", "topics"), ("causal_lm", "stories"), ("instruct", "talks")):
+        for task, data in (("classify", "topics"), ("causal_lm", "speech"), ("instruct", "talks")):
             for factor, batch in ((1.0, 8), (0.4, 4)):
                 yield Case(
                     name=f"{title}, {task}, rate {rate * factor:g}, {batch} at a time", task=task, data=data, methods=[*methods, *tail],
@@ -484,10 +560,15 @@ def healthy_cases() -> Iterator[Case]:
     for title in ("full", "LoRA", "PaCA"):
         methods, rate = learners[title]
         yield Case(
-            name=f"{title}, customer messages", task="classify", data="messages", methods=[*methods, *tail],
+            name=f"{title}, classify, 16 at a time, four passes", task="classify", data="topics", methods=[*methods, ("linear", {})],
             settings={"learning_rate": rate, "batch_size": 16, "epochs": 4},
         )  # fmt: skip
         yield Case(
-            name=f"{title}, stories from nothing", task="causal_lm", data="stories", methods=[("full-finetuning", {}), *tail], base="raw",
-            settings={"learning_rate": 4e-3, "batch_size": 16, "epochs": 3, "max_length": 64},
+            name=f"{title}, instruct, added up, no clipping", task="instruct", data="talks", methods=[*methods, ("constant", {})],
+            settings={"learning_rate": rate * 0.5, "batch_size": 2, "accumulate": 4, "epochs": 2},
+        )  # fmt: skip
+    for batch in (16, 12):
+        yield Case(
+            name=f"stories from nothing, {batch} at a time", task="causal_lm", data="stories", methods=[*learners["full"][0], *tail], base="raw",
+            settings={"learning_rate": 4e-3, "batch_size": batch, "epochs": 2, "max_length": 64, "max_steps": 120},
         )  # fmt: skip

@@ -7,8 +7,8 @@ kind        data
 state       {"state": "starting" | "running" | "evaluating" | "exporting" | "paused" | "stopping" | "done", "message": sentence}
 metric      {"rows": [{"step", "samples", "tokens", "epoch", "loss", "grad_norm", "learning_rate", "seconds", "tokens_per_second", "memory"}, …]}
             one row for every optimizer step; several rows share an event when steps are quick
-evaluation  {"eval_loss": …, "eval_accuracy": …, "samples": …, "best": bool, "learners": {"idle": share of what learns whose corrections
-            have all been zero, "size": length of all that learns}, …}
+evaluation  {"eval_loss": …, "eval_accuracy": …, "samples": …, "best": bool, "learners": {"count": parameters that learn,
+            "idle": share of them whose corrections have all been zero, "size": their length}, …}
 progress    {"done_steps", "total_steps", "fraction", "eta_seconds"}
 log         {"level": "info" | "warning" | "error", "message": sentence}
 sample      {"prompt": …, "output": …, "expected": …}

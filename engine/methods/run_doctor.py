@@ -26,7 +26,6 @@ class Doctor(Watcher):
         self.params, self.plan = params, plan
         self.vitals = Vitals()
         self._general: list[float] = []  # loss on general text and its standard error, at the start
-        self._same_label = 0  # measurements in a row with one and the same answer
         self._spoken: list[str] = []
         self._course = False  # something was found that explains the whole course of the run
 
@@ -47,7 +46,7 @@ class Doctor(Watcher):
 
     def _follows(self, diagnosis: Diagnosis) -> bool:
         """Whether it only repeats what was said: one cause is named once, and not all of its consequences."""
-        return self._course and not diagnosis.finding.grave and diagnosis.finding.rule != "forgetting"
+        return self._course and diagnosis.consequence and not diagnosis.finding.grave
 
     def _signal(self, diagnosis: Diagnosis) -> Signal:
         found = diagnosis.finding
@@ -99,6 +98,7 @@ class Doctor(Watcher):
         if v.loss.count >= 15 and look.step > look.warmup_steps:
             v.loss_rise.add(loss, look.step, v.loss)
         v.loss.add(loss)
+        v.least = min(v.least, loss)
         if v.loss.count <= START_STEPS:
             v.start += (loss - v.start) / v.loss.count
             v.best, v.best_step = v.loss.fast, look.step
@@ -111,14 +111,13 @@ class Doctor(Watcher):
         v.above_start = v.above_start + 1 if sound and v.loss.fast > high else 0
         lost = v.best + max(0.6 * (v.start - v.best), 0.1 * v.start, 5 * v.best_error)
         v.above_best = v.above_best + 1 if sound and v.loss.fast > lost and v.best < 0.9 * v.start else 0
-        if v.best > 0.9 * v.start:
-            yield doctor.rate_too_high(v, plan, look)
+        yield doctor.rate_too_high(v, plan, look)
         yield doctor.loss_broke(v, plan)
         if sound:
             yield doctor.loss_shift(v, plan)
             yield doctor.same_batch(v, plan)
-        if v.per_epoch >= 16 and v.epoch.add(loss, look.step, v.per_epoch) and sound:
             yield doctor.sorted_data(v)
+        if v.per_epoch >= 16 and v.epoch.add(loss, look.step, v.per_epoch) and sound:
             yield doctor.epoch_jumps(v, plan)
 
     def _read_evaluation(self, look: Look) -> Iterator[Diagnosis | None]:
@@ -132,13 +131,16 @@ class Doctor(Watcher):
                 4 * math.hypot(v.loss.fast_error, v.held.last_error), 0.15 * now.target
             )
             v.held.above = v.held.above + 1 if above else 0
-        size = float(learners.get("size") or 0.0)
-        if v.held.size is None:
-            v.held.size = size
+        size, count, share = (float(learners.get(name, math.nan)) for name in ("size", "count", "idle"))
+        if v.held.size is None or count != v.held.learners:  # what learns may have changed: then it is measured anew
+            v.held.size, v.held.learners, v.held.idle, v.held.fades = size, count, 0, 0
+        fades = 0 < size < 0.6 * v.held.size and size < 0.97 * v.held.size_before
+        v.held.fades, v.held.size_before = v.held.fades + 1 if fades else 0, size
+        v.held.idle = v.held.idle + 1 if share >= 0.5 and v.step >= 3 else 0
         if look.step == 0:
             self._general = [now.general, now.general_se] if math.isfinite(now.general) else []
             return
-        yield doctor.idle(float(learners.get("idle", math.nan)), v)
+        yield doctor.idle(share, v)
         yield doctor.fading(size, v, plan)
         yield doctor.worse_than_before(v, plan, look)
         yield doctor.rate_too_low(v, plan, look)
@@ -156,21 +158,21 @@ class Doctor(Watcher):
         accuracy, f1 = scores.get("eval_accuracy"), scores.get("eval_macro_f1")
         if isinstance(accuracy, int | float) and isinstance(f1, int | float):
             alike = doctor.single_label(accuracy, f1, self.plan.classes)
-            self._same_label = self._same_label + 1 if alike else 0
-            yield doctor.one_answer(self._same_label, accuracy, look)
+            self.vitals.held.same_label = self.vitals.held.same_label + 1 if alike else 0
+            yield doctor.one_answer(self.vitals.held.same_label, accuracy, look)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "vitals": self.vitals.state(),
             "general": list(self._general),
             "said": list(self._spoken),
-            "counters": [self._same_label, int(self._course)],
+            "course": self._course,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.vitals = Vitals.of(state["vitals"])
         self._general, self._spoken = list(state["general"]), list(state["said"])
-        self._same_label, self._course = state["counters"][0], bool(state["counters"][1])
+        self._course = state["course"]
 
 
 class RunDoctor(TrainMethod):
@@ -247,5 +249,12 @@ def plan_of(ctx: PartContext) -> Plan:
         max_length=settings.max_length or 512,
         precision=settings.precision,
         classes=len(ctx.facts.data.labels),
+        chance=_entropy(ctx.facts.data.label_counts),
         dials=dials,
     )
+
+
+def _entropy(counts: Sequence[int]) -> float:
+    """Of labels that come so often, in nats."""
+    total = sum(counts)
+    return -sum(count / total * math.log(count / total) for count in counts if count) if total else 0.0

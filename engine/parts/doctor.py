@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.parts import signals
 from engine.parts.signals import Finding, Heldout, Step
-from engine.parts.vitals import Level, Vitals
+from engine.parts.vitals import Vitals
 from engine.train.parts import Look, Remedy
 
 GOOD, BEGINNING = "last_good", "beginning"
@@ -30,6 +30,7 @@ class Plan:
     max_length: int
     precision: str = "fp32"
     classes: int = 0  # labels of the data, 0 where there are none
+    chance: float = 0.0  # error of an answer by the frequency of the labels alone, in nats; 0 where there are none
     dials: Mapping[str, float] = field(default_factory=dict)  # "methods.0.params.max_norm" -> value
 
     @property
@@ -45,20 +46,28 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """A finding, with the remedy that belongs to it. course: it explains the whole course of the run, so that what follows from it need not be said."""
+    """A finding, with the remedy that belongs to it. course: it explains the course of the run so far, so that its consequences need not be said;
+    consequence: it may be one."""
 
     finding: Finding
     remedy: Remedy | None = None
     note: bool = False
     course: bool = False
+    consequence: bool = False
 
 
 def diagnosis(
     rule: str, seen: str, cause: str, advice: str, *, remedy: Remedy | None, grave: bool = False, note: bool = False,
-    course: bool = False, **numbers: Any,
+    course: bool = False, consequence: bool = False, **numbers: Any,
 ) -> Diagnosis:  # fmt: skip
     """A finding in three steps: what is seen, what it probably comes from, what to do."""
-    return Diagnosis(finding=Finding(rule, grave, f"{seen} {cause} {advice}", numbers), remedy=remedy, note=note, course=course)
+    return Diagnosis(
+        finding=Finding(rule, grave, f"{seen} {cause} {advice}", numbers),
+        remedy=remedy,
+        note=note,
+        course=course,
+        consequence=consequence,
+    )
 
 
 # ── remedies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -138,7 +147,10 @@ def not_finite(step: Step, vitals: Vitals, plan: Plan, look: Look) -> Diagnosis 
     if loss_went:
         first, seen = "loss", f"At step {look.step:,} the training error itself stopped being a number"
     elif step.loss == 0:
-        first, seen = "zero_loss", f"At step {look.step:,} the training error is exactly zero and its correction is not a number"
+        first, seen = (
+            "zero_loss",
+            f"At step {look.step:,} the training error is exactly zero and its correction is not a number",
+        )
     else:
         first = "grad_norm"
         seen = f"At step {look.step:,} the training error was still a number ({step.loss:.3g}), but the correction computed from it was not"
@@ -197,7 +209,8 @@ def no_gradient(vitals: Vitals) -> Diagnosis | None:
 
 def rate_too_high(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
     """The loss rose above its start soon, before anything was gained."""
-    if vitals.above_start < HOLD:
+    began = look.step - vitals.above_start
+    if vitals.above_start < HOLD or began > look.warmup_steps + max(12, 0.15 * look.planned_steps):
         return None
     return diagnosis(
         "rate-too-high",
@@ -256,7 +269,7 @@ def norm_shift(vitals: Vitals) -> Diagnosis | None:
     )  # fmt: skip
 
 
-ALARM = 25.0
+ALARM = 16.0
 
 
 def same_batch(vitals: Vitals, plan: Plan) -> Diagnosis | None:
@@ -310,15 +323,19 @@ def too_noisy(vitals: Vitals, plan: Plan) -> Diagnosis | None:
 
 
 def sorted_data(vitals: Vitals) -> Diagnosis | None:
-    """The error follows the place in the data, pass after pass."""
-    if vitals.epoch.alike < 1:
+    """The error follows the place in the data: up and down in the same places of every pass, or up at once, down slowly, and again."""
+    if vitals.epoch.alike < 1 and vitals.loss_rise.teeth < 2:
         return None
+    seen = (
+        f"The training error goes up and down in the same places of every pass over the data, by {vitals.epoch.strength:.2g}."
+        if vitals.epoch.alike
+        else f"{vitals.loss_rise.teeth} times by now the training error has jumped up and come down again, like the teeth of a saw."
+    )
     return diagnosis(
-        "sorted-data",
-        f"The training error goes up and down in the same places of every pass over the data, by {vitals.epoch.strength:.2g}.",
+        "sorted-data", seen,
         "The examples are probably in an order (by class, length or source), so each stretch teaches only one thing and the next undoes it.",
         "Shuffle the examples before the run.",
-        remedy=None, strength=vitals.epoch.strength, passes=vitals.epoch.number,
+        remedy=None, strength=vitals.epoch.strength, teeth=vitals.loss_rise.teeth, passes=vitals.epoch.number,
     )  # fmt: skip
 
 
@@ -342,21 +359,21 @@ def epoch_jumps(vitals: Vitals, plan: Plan) -> Diagnosis | None:
 
 def idle(share: float, vitals: Vitals) -> Diagnosis | None:
     """Much of what should learn never got a correction."""
-    if vitals.step < 3 or not share >= 0.5:
+    if vitals.held.idle < 2:
         return None
     return diagnosis(
         "idle-parts",
         f"{share:.0%} of the parameters that should learn have not received a single correction in {vitals.step:,} steps.",
         "They are cut off from the error: they start at zero on both sides, are frozen by mistake, or the model does not use them.",
         "What is learned comes from the rest alone. Choose other layers or another method.",
-        remedy=None, grave=share > 0.999, course=True, share=share, step=vitals.step,
+        consequence=True, remedy=None, grave=share > 0.999, course=True, share=share, step=vitals.step,
     )  # fmt: skip
 
 
 def fading(size: float, vitals: Vitals, plan: Plan) -> Diagnosis | None:
     """The weights that learn shrink towards zero."""
     start = vitals.held.size
-    if start is None or not 0 < size < 0.6 * start:
+    if start is None or vitals.held.fades < 2:
         return None
     decay = plan.dial("weight_decay")
     cause = (
@@ -385,7 +402,7 @@ def worse_than_before(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | Non
         f"After {look.step:,} steps the kept-back examples are harder for the model than before training ({held.start:.3g}, now {held.last:.3g}), "
         f"and the training examples are no easier ({vitals.start:.3g}, now {vitals.loss.fast:.3g}).",
         f"The learning rate of {plan.rate:g} is probably far too high.", "Start again with a tenth of it.",
-        remedy=other_rate(plan, 0.1, BEGINNING), course=True, start=held.start, now=held.last,
+        consequence=True, remedy=other_rate(plan, 0.1, BEGINNING), course=True, start=held.start, now=held.last,
     )  # fmt: skip
 
 
@@ -405,7 +422,7 @@ def rate_too_low(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
         f"After {done:.0%} of the run hardly anything has changed: on kept-back examples the error went from {held.start:.4g} to {held.last:.4g}, "
         f"and at this pace the whole run would change it by {expected:.2%}.",
         f"The learning rate of {plan.rate:g} is probably far too low.", f"Start again with {factor:g} times as much.",
-        remedy=other_rate(plan, factor, BEGINNING), course=True, start=held.start, now=held.last, expected=expected,
+        consequence=True, remedy=other_rate(plan, factor, BEGINNING), course=True, start=held.start, now=held.last, expected=expected,
     )  # fmt: skip
 
 
@@ -420,7 +437,8 @@ def plateau(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
     gain = held.start - held.best
     trained = vitals.start - vitals.loss.fast
     chance = 3 * max(vitals.loss.fast_error, vitals.loss.noise / math.sqrt(START_COUNT))
-    if gain > 0.02 * held.start or trained > max(0.04 * vitals.start, chance):
+    guessing = plan.chance > 0 and held.best > 0.97 * plan.chance and vitals.loss.fast > 0.9 * plan.chance
+    if not guessing and (gain > 0.02 * held.start or trained > max(0.04 * vitals.start, chance)):
         return None
     return diagnosis(
         "plateau",
@@ -428,7 +446,7 @@ def plateau(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
         f"kept-back examples it is {held.last:.3g} ({held.start:.3g} at the start).",
         "Either the learning rate is too high to settle anywhere, or the examples do not say what the answer depends on: wrong labels, empty or equal texts.",
         "Look at a few examples first; if they are right, try a fifth of the learning rate.",
-        remedy=other_rate(plan, 0.2, BEGINNING), course=True, start=held.start, best=held.best, now=held.last,
+        consequence=True, remedy=other_rate(plan, 0.2, BEGINNING), start=held.start, best=held.best, now=held.last,
     )  # fmt: skip
 
 
@@ -441,26 +459,27 @@ def one_answer(times: int, accuracy: float, look: Look) -> Diagnosis | None:
         f"At {times} measurements in a row the model gave one and the same label to every kept-back text ({accuracy:.0%} of them are right by chance).",
         "It has found nothing in the texts that tells the labels apart: they may be empty, alike, or cut before what matters; or one label outweighs the others.",
         "Look at a few examples of each label.",
-        remedy=None, measurements=times, accuracy=accuracy,
+        consequence=True, remedy=None, measurements=times, accuracy=accuracy,
     )  # fmt: skip
 
 
 def over_fit(vitals: Vitals, plan: Plan) -> Diagnosis | None:
     """Kept-back examples get harder while training examples get easier."""
     held = vitals.held
-    if held.count < 3 or held.best_fast is None or held.last <= held.best or not sound(vitals):
+    if held.count < 3 or held.last <= held.best or not sound(vitals):
         return None
+    then = vitals.start if held.best_fast is None else held.best_fast
     clear = signals.rises(held.last, held.last_error, held.best, held.best_error, 2.0) and held.last > 1.05 * held.best
     steady = held.rises >= 3 and held.last - held.best > max(held.last_error, 0.08 * held.best)
-    if not (clear or steady) or vitals.loss.fast > held.best_fast:
+    if not (clear or steady) or vitals.loss.fast > then:
         return None
     return diagnosis(
         "over-fit",
         f"Since step {held.best_step:,} the kept-back examples get harder (error {held.best:.3g}, now {held.last:.3g}) while the training examples "
-        f"get easier ({held.best_fast:.3g}, now {vitals.loss.fast:.3g}).",
+        f"get easier ({then:.3g}, now {vitals.loss.fast:.3g}).",
         "The model learns its examples by heart.",
         "The best version so far is kept. Use fewer passes, more data, or a method that changes less.",
-        remedy=fewer_passes(plan, held.best_epoch), course=True, best=held.best, best_step=held.best_step, now=held.last, train_now=vitals.loss.fast,
+        consequence=True, remedy=fewer_passes(plan, held.best_epoch), course=True, best=held.best, best_step=held.best_step, now=held.last,
     )  # fmt: skip
 
 
@@ -480,7 +499,7 @@ def by_heart(vitals: Vitals, plan: Plan, epoch: float) -> Diagnosis | None:
         f"The error is {vitals.loss.fast:.3g} on training examples and {held.last:.3g} on kept-back ones, and the latter no longer get better.",
         "The model has begun to learn its examples by heart: they are few, or repeat each other.",
         "Use fewer passes or more data, and look for repeated rows on the data page.",
-        remedy=fewer_passes(plan, max(held.best_epoch, 0.5)), train=vitals.loss.fast, held_out=held.last, standard_error=error,
+        consequence=True, remedy=fewer_passes(plan, max(held.best_epoch, 0.5)), train=vitals.loss.fast, held_out=held.last, standard_error=error,
     )  # fmt: skip
 
 
@@ -495,7 +514,7 @@ def handicapped(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
         f"The training error ({vitals.loss.fast:.3g}) stays clearly above that on kept-back examples ({held.last:.3g}).",
         "While it learns the model is disturbed more than it can bear (a large share of its parts is dropped at random), or easy examples were kept back.",
         "Lower the dropout, or split the data anew.",
-        remedy=turned(plan, "dropout", 0.05, "a dropout") if drop is not None and drop[1] > 0.1 else None,
+        consequence=True, remedy=turned(plan, "dropout", 0.05, "a dropout") if drop is not None and drop[1] > 0.1 else None,
         train=vitals.loss.fast, held_out=held.last, measurements=held.above,
     )  # fmt: skip
 
@@ -513,7 +532,7 @@ def too_easy(vitals: Vitals, epoch: float) -> Diagnosis | None:
         "Real answers are never that easy. Probably only a fixed piece of text is learned, such as the mark at the end of each answer, or the answer "
         "stands in the question.",
         "Look at which part of an example is marked as its answer.",
-        remedy=None, start=held.start, now=held.last, epoch=epoch,
+        consequence=True, remedy=None, start=held.start, now=held.last, epoch=epoch,
     )  # fmt: skip
 
 
@@ -526,8 +545,9 @@ def forgetting(start: Heldout, now: Heldout, vitals: Vitals, plan: Plan, limit: 
 
 
 def sound(vitals: Vitals) -> bool:
-    """Whether the loss is one that stands for an error: clearly above zero. That of a policy gradient swings around zero and says little by its level."""
-    return vitals.start > 1.5 * vitals.loss.noise and vitals.start > 0
+    """Whether the loss is one that stands for an error: never below zero, and clearly above it at the start. That of a policy gradient swings around
+    zero and says little by its level."""
+    return vitals.least >= 0 and vitals.start > 0.05
 
 
 def single_label(accuracy: float, macro_f1: float, classes: int) -> bool:
@@ -535,8 +555,3 @@ def single_label(accuracy: float, macro_f1: float, classes: int) -> bool:
     if classes < 2 or not 0 < accuracy < 1:
         return False
     return abs(macro_f1 - 2 * accuracy / (1 + accuracy) / classes) < 1e-6
-
-
-def quiet(level: Level) -> bool:
-    """Whether a series has been seen long enough to have a level."""
-    return level.count >= 12

@@ -61,18 +61,21 @@ class Rise:
     since: int = 0  # the step at which the present rise began
     level: float = 0.0  # the reference
     noise: float = 0.0
-    count: int = 0
+    teeth: int = 0  # how often it rose clearly, after it had come down again
+    high: bool = False  # in such a rise
 
     def add(self, value: float, step: int, series: Level) -> None:
         """The next value of `series`, before it is added there."""
-        self.count += 1
         if self.total == 0.0:
             self.level, self.noise, self.since = series.slow, series.noise, step
         score = min(CAP, (value - self.level) / self.noise) if self.noise > 0 else 0.0
         self.total = max(0.0, self.total + score - DRIFT)
+        tooth = self.total > TOOTH or (self.high and self.total > 0)
+        self.teeth += tooth and not self.high
+        self.high = tooth
 
 
-CAP, DRIFT = 4.0, 1.2
+CAP, DRIFT, TOOTH = 4.0, 1.2, 9.0
 
 
 @dataclass(slots=True)
@@ -83,7 +86,9 @@ class Epoch:
     squares: list[float] = field(default_factory=lambda: [0.0] * BINS)
     counts: list[int] = field(default_factory=lambda: [0] * BINS)
     number: int = 0
-    shape: list[float] = field(default_factory=list)  # of the last epoch, in standard errors, its smooth course taken off
+    shape: list[float] = field(
+        default_factory=list
+    )  # of the last epoch, in standard errors, its smooth course taken off
     tail: float | None = None  # mean of the last quarter of the last epoch
     alike: int = 0  # epochs in a row with one shape
     strength: float = 0.0  # of that shape: largest distance in units of the loss
@@ -113,8 +118,10 @@ class Epoch:
             errors = [math.sqrt(max(within, 1e-12) / count) for count in self.counts]
             rest = without_curve(means)
             shape = [value / error for value, error in zip(rest, errors, strict=True)]
-            strong = sum(value * value for value in shape) > STRONG and max(rest) - min(rest) > 0.08 * abs(sum(means) / BINS)
-            same = bool(self.shape) and alignment(self.shape, shape) > 0.85
+            strong = sum(value * value for value in shape) > STRONG and max(rest) - min(rest) > 0.08 * abs(
+                sum(means) / BINS
+            )
+            same = bool(self.shape) and alignment(self.shape, shape) > 0.6
             self.alike = self.alike + 1 if strong and same else 0
             self.strength = max(rest) - min(rest)
             self.shape = shape if strong else []
@@ -183,8 +190,12 @@ class Measured:
     rises: int = 0  # measurements in a row, each worse than the one before
     above: int = 0  # measurements in a row at which the training loss lay clearly above
     farthest: float = 0.0  # largest distance from the start
-    size: float | None = None  # of what learns, at the first measurement
-    general: float | None = None  # loss on general text, at the start
+    learners: float = 0.0  # how many parameters learn
+    size: float | None = None  # their length at the first measurement since they are those
+    size_before: float = 0.0  # their length at the last measurement
+    fades: int = 0  # measurements in a row at which they were short, and shorter than at the one before
+    idle: int = 0  # measurements in a row at which most of them had never been corrected
+    same_label: int = 0  # measurements in a row with one and the same answer
 
     def add(self, target: float, error: float, step: int, epoch: float, fast: float | None) -> None:
         """The next measurement."""
@@ -196,7 +207,13 @@ class Measured:
         self.rises = self.rises + 1 if target > self.last else 0
         self.last, self.last_error = target, error
         if self.count == 1 or target < self.best:
-            self.best, self.best_error, self.best_step, self.best_epoch, self.best_fast = target, error, step, epoch, fast
+            self.best, self.best_error, self.best_step, self.best_epoch, self.best_fast = (
+                target,
+                error,
+                step,
+                epoch,
+                fast,
+            )
 
 
 @dataclass(slots=True)
@@ -215,6 +232,7 @@ class Vitals:
     epoch: Epoch = field(default_factory=Epoch)
     sameness: Sameness = field(default_factory=Sameness)
     held: Measured = field(default_factory=Measured)
+    least: float = 0.0  # least loss of a step, or zero
     best: float = 0.0  # least quick average of the loss
     best_step: int = 0
     best_error: float = 0.0
@@ -224,7 +242,6 @@ class Vitals:
     still: int = 0  # steps in a row with a gradient of exactly zero
     clipped: int = 0  # steps that were clipped
     kept: float = 1.0  # average share of a gradient that clipping left
-    early_norm: float | None = None  # quick average of the logarithm of the norm behind the warm-up
 
     def state(self) -> dict[str, Any]:
         """As JSON."""

@@ -396,7 +396,12 @@ class Signal:
 
     def to_dict(self) -> dict[str, Any]:
         """The data of its event."""
-        said: dict[str, Any] = {"action": self.action, "rule": self.rule, "message": self.message, "numbers": self.numbers}
+        said: dict[str, Any] = {
+            "action": self.action,
+            "rule": self.rule,
+            "message": self.message,
+            "numbers": self.numbers,
+        }
         return said if self.remedy is None else {**said, "remedy": self.remedy.to_dict()}
 
 

@@ -96,17 +96,20 @@ def collect(model: nn.Module, parametrizations: list[Parametrization], fresh: tu
 def condition(trainables: Trainables, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """How what learns is doing, from its values and what the optimizer remembers; two passes over what learns, so it is asked at measurements only.
 
-    size: L2 length of everything that learns. idle: share of the parameters (tensors, not numbers) whose corrections have all been exactly zero;
+    count: parameters (tensors). size: L2 length of everything that learns. idle: share of them whose corrections have all been exactly zero;
     missing where the optimizer remembers nothing, as before the first step.
     """
     parameters = [parameter.detach() for parameter in trainables]
     if not parameters:
         return {}
-    found = {"size": float(torch.stack([norm.float() for norm in torch._foreach_norm(parameters)]).norm())}
+    found: dict[str, float] = {"count": len(parameters)}
+    found |= {"size": float(torch.stack([norm.float() for norm in torch._foreach_norm(parameters)]).norm())}
     moments = [_moment(optimizer.state.get(parameter, {})) for parameter in trainables]
     kept = [moment for moment in moments if moment is not None]
     if kept:
-        moved = sum(bool(norm > 0) for norm in torch.stack([norm.float() for norm in torch._foreach_norm(kept)]).tolist())
+        moved = sum(
+            bool(norm > 0) for norm in torch.stack([norm.float() for norm in torch._foreach_norm(kept)]).tolist()
+        )
         found["idle"] = 1.0 - moved / len(parameters)
     return found
 
