@@ -23,6 +23,7 @@ from engine.ops.check import require
 from engine.ops.pretrain import train_tokenizer
 from engine.ops.train import prepare
 from engine.starters.corpus import dialogues, stories
+from engine.train.clock import Clock
 from engine.train.loop import train
 from engine.train.parts import Look, Loss, Signal
 from engine.train.run import Run
@@ -421,9 +422,11 @@ def thrown(at: int, size: float) -> Sabotage:
 
     def apply(run: Run) -> None:
         original = run.schedule.factor
-        run.schedule.factor = lambda clock: (
-            size if clock.step == at else original(clock) * (0.02 if clock.step > at else 1.0)
-        )  # type: ignore[method-assign]
+
+        def factor(clock: Clock) -> float:
+            return size if clock.step == at else original(clock) * (0.02 if clock.step > at else 1.0)
+
+        run.schedule.factor = factor  # type: ignore[method-assign]
 
     return apply
 
