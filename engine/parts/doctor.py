@@ -258,7 +258,7 @@ def loss_shift(vitals: Vitals, plan: Plan) -> Diagnosis | None:
 def norm_shift(vitals: Vitals) -> Diagnosis | None:
     """The gradient norm jumped to a new level and stays (CUSUM on its logarithm); alone it is worth a note."""
     rise = vitals.norm_rise
-    if rise.total < ALARM or vitals.norm.fast - rise.level < math.log(3):
+    if rise.total < ALARM or vitals.norm.fast - rise.level < math.log(4):
         return None
     return diagnosis(
         "norm-shift",
@@ -414,7 +414,7 @@ def rate_too_low(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
     expected = held.farthest / done / abs(held.start)
     gained = vitals.start - vitals.loss.slow
     chance = 3 * max(vitals.loss.fast_error, vitals.loss.noise / math.sqrt(START_COUNT))
-    if expected > 0.015 or gained > max(0.02 * vitals.start, chance):
+    if held.speeding or expected > 0.015 or gained > max(0.02 * vitals.start, chance):
         return None
     factor = 100.0 if expected < 5e-4 else 10.0
     return diagnosis(
@@ -438,7 +438,7 @@ def plateau(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
     trained = vitals.start - vitals.loss.fast
     chance = 3 * max(vitals.loss.fast_error, vitals.loss.noise / math.sqrt(START_COUNT))
     guessing = plan.chance > 0 and held.best > 0.97 * plan.chance and vitals.loss.fast > 0.9 * plan.chance
-    if not guessing and (gain > 0.02 * held.start or trained > max(0.04 * vitals.start, chance)):
+    if not guessing and (held.speeding or gain > 0.02 * held.start or trained > max(0.04 * vitals.start, chance)):
         return None
     return diagnosis(
         "plateau",

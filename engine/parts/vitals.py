@@ -187,6 +187,7 @@ class Measured:
     best_fast: float | None = None  # quick average of the training loss at the best measurement
     last: float = 0.0
     last_error: float = 0.0
+    gain: float = 0.0  # what the last measurement was better by than the one before
     rises: int = 0  # measurements in a row, each worse than the one before
     above: int = 0  # measurements in a row at which the training loss lay clearly above
     farthest: float = 0.0  # largest distance from the start
@@ -205,6 +206,7 @@ class Measured:
             self.start, self.start_error, self.last = target, error, target
         self.farthest = max(self.farthest, abs(target - self.start))
         self.rises = self.rises + 1 if target > self.last else 0
+        self.gain = self.last - target
         self.last, self.last_error = target, error
         if self.count == 1 or target < self.best:
             self.best, self.best_error, self.best_step, self.best_epoch, self.best_fast = (
@@ -214,6 +216,14 @@ class Measured:
                 epoch,
                 fast,
             )
+
+    @property
+    def speeding(self) -> bool:
+        """Whether progress has only begun: the last measurement gained clearly more than those before."""
+        if self.start is None or self.count < 2:
+            return False
+        usual = (self.start - self.last) / (self.count - 1)
+        return self.gain > 1.3 * usual and self.gain > 0.002 * self.start
 
 
 @dataclass(slots=True)
