@@ -14,12 +14,12 @@ import torch
 
 from engine.bench.measure import interleave
 from engine.bench.pages import Goal, Section, Study
-from engine.bench.ward import Case, Judged, Ward, healthy_cases, sick_cases
+from engine.bench.ward import Case, Judged, Ward, healthy_cases, sick_cases, taught_cases
 from engine.bench.workbench import Workbench, random_llama, step, story_file
 from engine.train.parts import Look, Watcher
 from engine.train.trainables import condition
 
-TUNED, REPORTED = (1, 2), (31, 32)  # seeds on which the limits were chosen, and seeds that are only measured
+TUNED, REPORTED = (1, 2), (51, 52)  # seeds on which the limits were chosen, and seeds that are only measured
 PROCESSES = 2
 
 
@@ -37,14 +37,17 @@ class Outcome:
 _ward: Ward | None = None  # built once, inherited by the processes that are forked afterwards
 
 
-def _judge(job: tuple[bool, int, int]) -> Outcome:
-    sick, place, seed = job
+GROUPS = {"sick": sick_cases, "healthy": healthy_cases, "taught": taught_cases}
+
+
+def _judge(job: tuple[str, int, int]) -> Outcome:
+    group, place, seed = job
     torch.set_num_threads(1)
     assert _ward is not None
-    return told(_ward.judge(list(sick_cases() if sick else healthy_cases())[place], seed))
+    return outcome_of(_ward.judge(list(GROUPS[group]())[place], seed))
 
 
-def told(judged: Judged) -> Outcome:
+def outcome_of(judged: Judged) -> Outcome:
     """The part of a judgement that can leave its process."""
     hit = judged.hit
     return Outcome(
@@ -60,13 +63,17 @@ def measure() -> list[Section]:
     torch.set_num_threads(1)
     _ward = Ward()
     try:
-        sick, healthy = list(sick_cases()), list(healthy_cases())
-        jobs = [(True, place, seed) for place in range(len(sick)) for seed in REPORTED]
-        jobs += [(False, place, seed) for place in range(len(healthy)) for seed in REPORTED]
+        cases = {group: list(make()) for group, make in GROUPS.items()}
+        jobs = [(group, place, seed) for group in GROUPS for place in range(len(cases[group])) for seed in REPORTED]
         with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
-            found = pool.map(_judge, jobs, chunksize=1)
-        count = len(sick) * len(REPORTED)
-        return [_sick(sick, found[:count]), _healthy(healthy, found[count:]), _cost()]
+            told = dict(zip(jobs, pool.map(_judge, jobs, chunksize=1), strict=True))
+        found = {group: [outcome for job, outcome in told.items() if job[0] == group] for group in GROUPS}
+        return [
+            _sick(cases["sick"], found["sick"]),
+            _healthy(cases["healthy"], found["healthy"]),
+            _taught(cases["taught"], found["taught"]),
+            _cost(),
+        ]
     finally:
         _ward.close()
 
@@ -90,6 +97,10 @@ def _sick(cases: Sequence[Case], found: Sequence[Outcome]) -> Section:
     hit = sum(outcome.hit is not None for outcome in found)
     missed = [f"{outcome.name} (seed {outcome.seed})" for outcome in found if outcome.hit is None]
     section.remarks.append(f"Missed: {'; '.join(missed) or 'none'}.")
+    section.remarks.append(
+        "The models are tiny and the runs short. What counts as found was written down before these seeds were run; seeds 31 and 32 were measured once "
+        "before, with looser limits of rate-too-low and with more names counted as found: 63 of 64, no false alarm."
+    )
     shares = [outcome.hit[0] / outcome.planned for outcome in found if outcome.hit is not None]
     section.remarks.append(
         f"Half of the findings came within the first {statistics.median(shares):.0%} of the planned steps."
@@ -119,6 +130,30 @@ def _healthy(cases: Sequence[Case], found: Sequence[Outcome]) -> Section:
     section.goals.append(
         Goal(goal="healthy runs with a warning", value=len(alarms) / len(found), interval=wilson(len(alarms), len(found)), target=0.05, better="less",
              unit="share", baseline="none", reason=f"False alarms: {named}." if alarms else "")
+    )  # fmt: skip
+    return section
+
+
+def _taught(cases: Sequence[Case], found: Sequence[Outcome]) -> Section:
+    section = Section(
+        title="Runs with nothing left to learn",
+        intro="The model goes on with the very texts that it was taught with. Nothing is wrong, and nothing is gained: the doctor warns that nothing is learned. "
+        "These runs count neither as sick nor as healthy; they were among the healthy ones until the first look at the seeds for choosing limits.",
+        columns=("run", "seeds", "with a warning", "by"),
+    )
+    for case in cases:
+        mine = [outcome for outcome in found if outcome.name == case.name]
+        rules = sorted({rule for outcome in mine for _, rule in outcome.warned})
+        section.rows.append(
+            (case.name, str(len(mine)), str(sum(bool(outcome.warned) for outcome in mine)), ", ".join(rules))
+        )
+    warned = sum(bool(outcome.warned) for outcome in found)
+    section.remarks.append(
+        f"{warned} of {len(found)} are warned of. Whoever goes on with a finished model should expect it; the message names this cause among others."
+    )
+    section.goals.append(
+        Goal(goal="runs with nothing left to learn that are warned of", value=warned / len(found), interval=wilson(warned, len(found)), unit="share",
+             baseline="none")
     )  # fmt: skip
     return section
 

@@ -450,7 +450,7 @@ def stuck(run: Run) -> None:
 FULL: Methods = [("full-finetuning", {}), ("clip", {}), ("constant", {})]
 LORA: Methods = [("lora", {"r": 8, "alpha": 16, "targets": "all-linear"}), ("clip", {}), ("constant", {})]
 NON_FINITE = frozenset({"not-finite"})
-HIGH = frozenset({"rate-too-high", "plateau", "not-finite", "loss-broke"})
+HIGH = frozenset({"rate-too-high", "not-finite", "loss-broke"})
 LOW = frozenset({"rate-too-low"})
 HEART = frozenset({"over-fit", "by-heart", "epoch-jumps"})
 
@@ -481,7 +481,7 @@ def sick_cases() -> Iterator[Case]:
     yield classify("explodes late", HIGH | {"loss-shift"}, rate_from(60, 200.0))
     yield language("all labels masked", {"nothing-to-learn"}, masked(1.0), task="instruct", data="talks")
     yield language("six of ten batches masked", {"nothing-to-learn"}, masked(0.6), task="instruct", data="talks")
-    yield classify("labels shuffled", {"plateau", "one-answer", "rate-too-low", *HEART}, data="topics-shuffled")
+    yield classify("labels shuffled", {"plateau", "one-answer", *HEART}, data="topics-shuffled")
     yield classify(
         "sorted by class", {"sorted-data", "loss-shift", "loss-broke"}, ordered(by_label), epochs=3, max_steps=230
     )
@@ -496,7 +496,7 @@ def sick_cases() -> Iterator[Case]:
     yield language("shift in the data", {"loss-shift", "loss-broke"}, ordered(by_source), data="mixed", epochs=1)
     yield classify(
         "repeated rows learned by heart",
-        HEART | {"plateau"},
+        HEART,
         data="topics-repeated",
         epochs=4,
         max_steps=240,
@@ -530,38 +530,40 @@ def sick_cases() -> Iterator[Case]:
     yield language("absurd weight decay", {"weights-fade", *HIGH}, decayed(20.0), learning_rate=3e-3)
     yield classify(
         "dropout of nine tenths",
-        {"train-above-heldout", "plateau", "one-answer"},
+        {"train-above-heldout"},
         dropped(0.9),
         learning_rate=2e-3,
         epochs=3,
         max_steps=200,
     )
-    yield classify("constant input", {"plateau", "one-answer", "rate-too-low"}, data="topics-cut", max_length=16)
+    yield classify("constant input", {"plateau", "one-answer"}, data="topics-cut", max_length=16)
     yield language("the same batch in every step", {"same-batch", *HEART}, stuck, methods=LORA, learning_rate=5e-3)
+
+
+TAIL: Methods = [("clip", {}), ("cosine", {})]
+LEARNERS: dict[str, tuple[Methods, float]] = {
+    "full": ([("full-finetuning", {})], 1e-3),
+    "LoRA": ([("lora", {"r": 8, "alpha": 16})], 5e-3),
+    "PaCA": ([("paca", {"r": 8, "alpha": 8})], 3e-3),
+    "HFT": ([("hft", {})], 1e-3),
+    "IncreLoRA": ([("increlora", {})], 5e-3),
+    "bias and norm": ([("bias-norm-tuning", {})], 1e-2),
+    "SaRA": ([("sara", {})], 2e-3),
+    "ScaleLoRA": ([("scalelora", {})], 5e-3),
+}
 
 
 def healthy_cases() -> Iterator[Case]:
     """Ordinary runs over methods, goals, rates and batch sizes."""
-    tail: Methods = [("clip", {}), ("cosine", {})]
-    learners: dict[str, tuple[Methods, float]] = {
-        "full": ([("full-finetuning", {})], 1e-3),
-        "LoRA": ([("lora", {"r": 8, "alpha": 16})], 5e-3),
-        "PaCA": ([("paca", {"r": 8, "alpha": 8})], 3e-3),
-        "HFT": ([("hft", {})], 1e-3),
-        "IncreLoRA": ([("increlora", {})], 5e-3),
-        "bias and norm": ([("bias-norm-tuning", {})], 1e-2),
-        "SaRA": ([("sara", {})], 2e-3),
-        "ScaleLoRA": ([("scalelora", {})], 5e-3),
-    }
-    for title, (methods, rate) in learners.items():
+    for title, (methods, rate) in LEARNERS.items():
         for task, data in (("classify", "topics"), ("causal_lm", "speech"), ("instruct", "talks")):
             for factor, batch in ((1.0, 8), (0.4, 4)):
                 yield Case(
-                    name=f"{title}, {task}, rate {rate * factor:g}, {batch} at a time", task=task, data=data, methods=[*methods, *tail],
+                    name=f"{title}, {task}, rate {rate * factor:g}, {batch} at a time", task=task, data=data, methods=[*methods, *TAIL],
                     settings={"learning_rate": rate * factor, "batch_size": batch, "epochs": 2, "max_steps": 100 if batch == 8 else 130},
                 )  # fmt: skip
     for title in ("full", "LoRA", "PaCA"):
-        methods, rate = learners[title]
+        methods, rate = LEARNERS[title]
         yield Case(
             name=f"{title}, classify, 16 at a time, four passes", task="classify", data="topics", methods=[*methods, ("linear", {})],
             settings={"learning_rate": rate, "batch_size": 16, "epochs": 4},
@@ -572,6 +574,15 @@ def healthy_cases() -> Iterator[Case]:
         )  # fmt: skip
     for batch in (16, 12):
         yield Case(
-            name=f"stories from nothing, {batch} at a time", task="causal_lm", data="stories", methods=[*learners["full"][0], *tail], base="raw",
+            name=f"stories from nothing, {batch} at a time", task="causal_lm", data="stories", methods=[*LEARNERS["full"][0], *TAIL], base="raw",
             settings={"learning_rate": 4e-3, "batch_size": batch, "epochs": 2, "max_length": 64, "max_steps": 120},
+        )  # fmt: skip
+
+
+def taught_cases() -> Iterator[Case]:
+    """Runs on the very texts that the model was taught with: nothing is left to learn, and nothing is wrong with the run either."""
+    for title, (methods, rate) in LEARNERS.items():
+        yield Case(
+            name=f"{title}, taught texts", task="causal_lm", data="stories", methods=[*methods, *TAIL],
+            settings={"learning_rate": rate, "epochs": 2, "max_steps": 100},
         )  # fmt: skip

@@ -134,6 +134,7 @@ class Doctor(Watcher):
         size, count, share = (float(learners.get(name, math.nan)) for name in ("size", "count", "idle"))
         if v.held.size is None or count != v.held.learners:  # what learns may have changed: then it is measured anew
             v.held.size, v.held.learners, v.held.idle, v.held.fades = size, count, 0, 0
+        v.held.moved = abs(size / v.held.size - 1) if v.held.size > 0 else 0.0
         fades = 0 < size < 0.6 * v.held.size and size < 0.97 * v.held.size_before
         v.held.fades, v.held.size_before = v.held.fades + 1 if fades else 0, size
         v.held.idle = v.held.idle + 1 if share >= 0.5 and v.step >= 3 else 0

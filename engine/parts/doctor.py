@@ -414,19 +414,20 @@ def rate_too_low(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
     expected = held.farthest / done / abs(held.start)
     gained = vitals.start - vitals.loss.slow
     chance = 3 * max(vitals.loss.fast_error, vitals.loss.noise / math.sqrt(START_COUNT))
-    if held.speeding or expected > 0.015 or gained > max(0.02 * vitals.start, chance):
+    if held.speeding or held.moved > STILL * done or expected > 0.015 or gained > max(0.02 * vitals.start, chance):
         return None
     factor = 100.0 if expected < 5e-4 else 10.0
     return diagnosis(
         "rate-too-low",
         f"After {done:.0%} of the run hardly anything has changed: on kept-back examples the error went from {held.start:.4g} to {held.last:.4g}, "
         f"and at this pace the whole run would change it by {expected:.2%}.",
-        f"The learning rate of {plan.rate:g} is probably far too low.", f"Start again with {factor:g} times as much.",
+        f"What learns has hardly moved: the learning rate of {plan.rate:g} is probably far too low.", f"Start again with {factor:g} times as much.",
         consequence=True, remedy=other_rate(plan, factor, BEGINNING), course=True, start=held.start, now=held.last, expected=expected,
     )  # fmt: skip
 
 
 START_COUNT = 3
+STILL = 4e-4  # what learns has hardly moved when in the whole run its length would change by less than this share
 
 
 def plateau(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
@@ -440,13 +441,15 @@ def plateau(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
     guessing = plan.chance > 0 and held.best > 0.97 * plan.chance and vitals.loss.fast > 0.9 * plan.chance
     if not guessing and (held.speeding or gain > 0.02 * held.start or trained > max(0.04 * vitals.start, chance)):
         return None
+    slow = held.moved < 3 * STILL * done
     return diagnosis(
         "plateau",
         f"After {done:.0%} of the run nothing has been learned: the training error is {vitals.loss.fast:.3g} ({vitals.start:.3g} at the start), and on "
         f"kept-back examples it is {held.last:.3g} ({held.start:.3g} at the start).",
-        "Either the learning rate is too high to settle anywhere, or the examples do not say what the answer depends on: wrong labels, empty or equal texts.",
-        "Look at a few examples first; if they are right, try a fifth of the learning rate.",
-        consequence=True, remedy=other_rate(plan, 0.2, BEGINNING), start=held.start, best=held.best, now=held.last,
+        "Either the examples do not say what the answer depends on (wrong labels, empty or equal texts), or the model knows already what they teach, or the "
+        f"learning rate is too {'low to get anywhere' if slow else 'high to settle anywhere'}.",
+        f"Look at a few examples first; if they are right and new to the model, try {'five times' if slow else 'a fifth of'} the learning rate.",
+        consequence=True, remedy=other_rate(plan, 5.0 if slow else 0.2, BEGINNING), start=held.start, best=held.best, now=held.last,
     )  # fmt: skip
 
 

@@ -194,6 +194,7 @@ class Measured:
     learners: float = 0.0  # how many parameters learn
     size: float | None = None  # their length at the first measurement since they are those
     size_before: float = 0.0  # their length at the last measurement
+    moved: float = 0.0  # share by which their length has changed since the first
     fades: int = 0  # measurements in a row at which they were short, and shorter than at the one before
     idle: int = 0  # measurements in a row at which most of them had never been corrected
     same_label: int = 0  # measurements in a row with one and the same answer
