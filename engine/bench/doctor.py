@@ -14,7 +14,7 @@ import torch
 
 from engine.bench.measure import interleave
 from engine.bench.pages import Goal, Section, Study
-from engine.bench.ward import Case, Judged, Ward, healthy_cases, sick_cases, taught_cases
+from engine.bench.ward import LESSONS, Case, Judged, Ward, healthy_cases, sick_cases, taught_cases
 from engine.bench.workbench import Workbench, random_llama, step, story_file
 from engine.train.parts import Look, Watcher
 from engine.train.trainables import condition
@@ -63,6 +63,8 @@ def measure() -> list[Section]:
     torch.set_num_threads(1)
     _ward = Ward()
     try:
+        for name in LESSONS:
+            _ward.school(name)
         cases = {group: list(make()) for group, make in GROUPS.items()}
         jobs = [(group, place, seed) for group in GROUPS for place in range(len(cases[group])) for seed in REPORTED]
         with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:

@@ -137,11 +137,12 @@ class Ward:
         LlamaForCausalLM(decoder).save_pretrained(self.folder / "raw")
         for name in ("blank", "raw"):
             tokenizer.save_pretrained(self.folder / name)
-        self._school("raw", "decoder", "causal_lm", "stories", 260)
-        self._school("blank", "encoder", "classify", "lessons", 220)
 
-    def _school(self, start: str, name: str, task: str, data: str, steps: int) -> None:
-        """A model that has learned something, so that there is something to forget and to build on."""
+    def school(self, name: str) -> None:
+        """Teach a model something, once, so that there is something to forget and to build on."""
+        if (self.folder / name).exists():
+            return
+        start, task, data, steps = LESSONS[name]
         case = Case(
             name="school", task=task, data=data, base=start, methods=[("full-finetuning", {}), ("linear", {})],
             settings={"learning_rate": 4e-3, "max_steps": steps, "epochs": 20, "batch_size": 16, "evaluations": 1},
@@ -160,6 +161,7 @@ class Ward:
         folder = self.folder / f"run-{os.getpid()}-{self._count}"
         folder.mkdir()
         base = case.base or ("encoder" if case.task == "classify" else "decoder")
+        self.school(base)
         settings = {
             "batch_size": 8, "max_length": 48, "precision": "fp32", "evaluations": 8, "seed": seed, "holdout": 0.15, "frozen_cache": "off",
             "checkpoint_every": 1_000_000, **case.settings,
@@ -211,6 +213,7 @@ def _heard(see: Callable[[Look], Iterable[Signal]], looks: list[Look]) -> Callab
     return hear
 
 
+LESSONS = {"decoder": ("raw", "causal_lm", "stories", 260), "encoder": ("blank", "classify", "lessons", 220)}
 TOPICS = {
     "sea": ["boat", "wave", "fish", "harbour", "sail", "salt"],
     "field": ["wheat", "plough", "corn", "barn", "hay", "mill"],
