@@ -421,7 +421,8 @@ def rate_too_low(vitals: Vitals, plan: Plan, look: Look) -> Diagnosis | None:
         "rate-too-low",
         f"After {done:.0%} of the run hardly anything has changed: on kept-back examples the error went from {held.start:.4g} to {held.last:.4g}, "
         f"and at this pace the whole run would change it by {expected:.2%}.",
-        f"What learns has hardly moved: the learning rate of {plan.rate:g} is probably far too low, unless the model knows these examples already.", f"Start again with {factor:g} times as much.",
+        f"What learns has hardly moved: the learning rate of {plan.rate:g} is probably far too low, unless the model knows these examples already.",
+        f"Start again with {factor:g} times as much.",
         consequence=True, remedy=other_rate(plan, factor, BEGINNING), course=True, start=held.start, now=held.last, expected=expected,
     )  # fmt: skip
 
