@@ -15,7 +15,8 @@ BF16_PARAMETERS = 10_000_000  # models of this size on are trained in bf16 on a 
 
 
 def compose(recipe: Recipe) -> tuple[Composition, list[Fault]]:
-    """Parse every method of a recipe, apply the arities, and fill empty one-part slots with their default methods."""
+    """Parse every method of a recipe, apply the arities, fill empty one-part slots with their default methods, and add to the slots that hold many
+    the methods that stand there unless the recipe names them itself, with dials of its own."""
     known = {slug: method for slug, method in catalogue().items() if issubclass(method, TrainMethod)}
     faults: list[Fault] = []
     chosen: list[Chosen] = []
@@ -47,6 +48,7 @@ def compose(recipe: Recipe) -> tuple[Composition, list[Fault]]:
                         code="slot_empty",
                     )
                 )
+    chosen += _standing(known, {ref.slug for ref in recipe.methods}, recipe.task)
     by_slot = {slot: tuple(item for item in chosen if slot in item.method.slots) for slot in Slot}
     by_slot[Slot.DATA_POLICY] = tuple(
         sorted(by_slot[Slot.DATA_POLICY], key=lambda item: item.method.phase or Phase.LOAD)
@@ -130,6 +132,18 @@ def _default_for(slot: Slot, known: dict[str, type[TrainMethod]], task: str) -> 
     made_for = [m for m in standing if task in m.needs.tasks]  # one that names the task comes before one for every task
     fitting = made_for or [m for m in standing if not m.needs.tasks]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _standing(known: dict[str, type[TrainMethod]], named: set[str], task: str) -> list[Chosen]:
+    """The default methods of slots that hold many: they stand beside whatever else is there."""
+    return [
+        Chosen(method=method, params=method.Params(), index=None)
+        for slug, method in known.items()
+        if method.default
+        and slug not in named
+        and all(slot.arity is Arity.MANY for slot in method.slots)
+        and (not method.needs.tasks or task in method.needs.tasks)
+    ]
 
 
 def _nothing_learns(known: dict[str, type[TrainMethod]]) -> Fault:

@@ -7,11 +7,14 @@ kind        data
 state       {"state": "starting" | "running" | "evaluating" | "exporting" | "paused" | "stopping" | "done", "message": sentence}
 metric      {"rows": [{"step", "samples", "tokens", "epoch", "loss", "grad_norm", "learning_rate", "seconds", "tokens_per_second", "memory"}, …]}
             one row for every optimizer step; several rows share an event when steps are quick
-evaluation  {"eval_loss": …, "eval_accuracy": …, "samples": …, "best": bool, …}
+evaluation  {"eval_loss": …, "eval_accuracy": …, "samples": …, "best": bool, "learners": {"count": parameters that learn,
+            "idle": share of them whose corrections have all been zero, "size": their length}, …}
 progress    {"done_steps", "total_steps", "fraction", "eta_seconds"}
 log         {"level": "info" | "warning" | "error", "message": sentence}
 sample      {"prompt": …, "output": …, "expected": …, "key"}: at the end, and at every measurement with a key that begins with "live-"
 signal      {"action": "note" | "warn" | "save" | "stop", "rule": slug, "message": sentence, "numbers": {…}}
+            and, where one click can help, "remedy": {"title": what a button says, "start": "last_good" | "beginning",
+            "changes": {dotted recipe name: new value, e.g. "settings.learning_rate": 1e-5, "methods.0.params.max_norm": 1.0}}
 checkpoint  {"path": relative folder, "best": bool}
 artifact    {"path": "artifact", "files": […], "certificate": "pass" | "fail"}
 trial       {"trial": number, "state": engine.core.method.TRIAL_STATES, "done": its step, "total": its last step, "score", "values": {name: value},

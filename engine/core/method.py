@@ -180,7 +180,8 @@ class Method:
 
     role: ClassVar[str] = ""
     slots: ClassVar[tuple[Slot, ...]] = ()
-    default: ClassVar[bool] = False  # stands in its slot when the recipe names nobody
+    # stands in its slot when the recipe names nobody; in a slot that holds many, beside all others, unless the recipe names it with dials of its own
+    default: ClassVar[bool] = False
 
 
 class TrainMethod(Method):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
@@ -223,6 +224,24 @@ class Recipe(Frozen):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with new values at dotted names, checked like one that was typed: {"settings.learning_rate": 1e-5, "methods.0.params.r": 4};
+    "methods.+" holds references of methods to add, {"slug": …, "params": {…}}."""
+    body = recipe.model_dump(mode="json")
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        place: Any = body
+        for step in path:
+            place = place[int(step)] if isinstance(place, list) else place.setdefault(step, {})
+        if isinstance(place, list) and last == "+":
+            place.extend(value)
+        elif isinstance(place, list):
+            place[int(last)] = value
+        else:
+            place[last] = value
+    return parse_recipe(body)
 
 
 def canonical(value: Any) -> str:

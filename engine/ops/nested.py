@@ -23,7 +23,8 @@ _TOLD: frozenset[str] = frozenset({"evaluation", "signal", "sample", "log"})
 
 
 class NestedLog(EventLog):
-    """The log of a piece. What a watcher of the whole job wants to see goes to the outer log too, its steps moved behind those before."""
+    """The log of a piece. What a watcher of the whole job wants to see goes to the outer log too, its steps moved behind those before; without the
+    remedies of a piece, which change the recipe of the piece."""
 
     def __init__(self, folder: Path, outer: EventLog, name: str, offset: dict[str, int], total: int) -> None:
         super().__init__(folder, interval=outer.interval)
@@ -34,6 +35,7 @@ class NestedLog(EventLog):
         behind = step + self.offset["step"]
         if kind in _TOLD:
             shown = {**data, "samples": data["samples"] + self.offset["samples"]} if "samples" in data else data
+            shown = {name: value for name, value in shown.items() if name != "remedy"}
             self.outer.emit(kind, shown, step=behind, key=f"{self.name}/{key}")
         elif kind == "progress":
             total = max(self.total, behind)

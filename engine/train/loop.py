@@ -9,7 +9,7 @@ import math
 
 from engine.core.errors import EngineError, Fault
 from engine.train.compiled import compiled
-from engine.train.parts import Signal
+from engine.train.parts import Remedy, Signal
 from engine.train.run import Ending, Run
 
 
@@ -46,7 +46,7 @@ def _train(run: Run) -> Ending:
         run.adapt(report)  # grow, prune, re-draw; optimizer state follows; derived weights follow
         row = run.record(report)
         signals = run.look(row)
-        _refuse_nonfinite(run, row)
+        _refuse_nonfinite(run, row, signals)
 
         best_step = run.best.get("step")
         here = clock.step == run.pause_at and clock.step < clock.total_steps
@@ -95,12 +95,14 @@ def _ending(run: Run, signals: list[Signal], request: str | None) -> Ending | No
     return None
 
 
-def _refuse_nonfinite(run: Run, row: dict[str, float]) -> None:
-    """A loss or gradient that is not a number never reaches a checkpoint."""
+def _refuse_nonfinite(run: Run, row: dict[str, float], signals: list[Signal]) -> None:
+    """A loss or gradient that is not a number never reaches a checkpoint. The way out stands in the log before the run ends."""
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
     if bad:
-        run.log.flush()
         rate = run.settings.learning_rate or 0.0
+        if not any(signal.rule == NOT_FINITE and signal.remedy for signal in signals):
+            run.tell([_not_finite(run, bad, rate)])
+        run.log.flush()
         raise EngineError(
             Fault(
                 where="settings.learning_rate",
@@ -111,3 +113,22 @@ def _refuse_nonfinite(run: Run, row: dict[str, float]) -> None:
             ),
             "diverged",
         )
+
+
+NOT_FINITE = "not-finite"
+
+
+def _not_finite(run: Run, bad: list[str], rate: float) -> Signal:
+    """What the log says where no watcher has said more."""
+    return Signal(
+        action="warn",
+        rule=NOT_FINITE,
+        message=f"The {' and the '.join(bad).replace('_', ' ')} stopped being a number at step {run.clock.step:,}, so the run cannot go on. Most "
+        "likely the learning rate is too high.",
+        numbers={"step": run.clock.step, "bad": bad},
+        remedy=Remedy(
+            title=f"Restart from the last good checkpoint with a learning rate of {rate / 10:g}",
+            start="last_good",
+            changes={"settings.learning_rate": rate / 10},
+        ),
+    )

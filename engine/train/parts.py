@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -362,18 +362,61 @@ class Look:
     planned_samples: int
     planned_steps: int
     row: Mapping[str, Any]  # loss, grad_norm, learning_rate, clipped … as plain floats (NaN stays NaN)
-    evaluation: Mapping[str, Any] | None = None  # eval_loss, eval_loss_se, general_loss … or None
+    evaluation: Mapping[str, Any] | None = None  # eval_loss, eval_loss_se, general_loss, learners … or None
     warmup_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """A way out that takes one click: where the new run starts, and what its recipe changes.
+
+    title: what the button says, e.g. "Restart from the last good checkpoint with a learning rate of 1e-05".
+    changes: new values by dotted recipe names, e.g. {"settings.learning_rate": 1e-5, "methods.0.params.max_norm": 1.0}; `engine.core.recipe.changed`
+    applies them.
+    """
+
+    title: str
+    start: Literal["last_good", "beginning"]
+    changes: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the data of a signal's event."""
+        return {"title": self.title, "start": self.start, "changes": self.changes}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Signal:
-    """What a watcher says: an action, the reason in a sentence, and the numbers behind it."""
+    """What a watcher says: an action, the reason in a sentence, the numbers behind it, and a way out where one click can be one."""
 
     action: Literal["note", "warn", "save", "stop"]
     rule: str
     message: str
     numbers: dict[str, Any] = field(default_factory=dict)
+    remedy: Remedy | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The data of its event."""
+        said: dict[str, Any] = {
+            "action": self.action,
+            "rule": self.rule,
+            "message": self.message,
+            "numbers": self.numbers,
+        }
+        return said if self.remedy is None else {**said, "remedy": self.remedy.to_dict()}
+
+
+def agreed(signals: Iterable[Signal]) -> list[Signal]:
+    """One signal for each rule, in the order in which the rules were first named: where several watchers see the same in one step, the gravest of
+    them speaks, with the remedy of whoever knows one."""
+    found: dict[str, Signal] = {}
+    for signal in signals:
+        known = found.get(signal.rule, signal)
+        graver = signal if GRAVITY.index(signal.action) > GRAVITY.index(known.action) else known
+        found[signal.rule] = replace(graver, remedy=known.remedy or signal.remedy)
+    return list(found.values())
+
+
+GRAVITY = ("note", "save", "warn", "stop")
 
 
 class Watcher(Part):

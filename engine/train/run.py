@@ -41,6 +41,7 @@ from engine.train.parts import (
     StepReport,
     UpdateRule,
     Watcher,
+    agreed,
     seeded,
 )
 from engine.train.saving import CheckpointWriter
@@ -48,6 +49,7 @@ from engine.train.trainables import (
     Trainables,
     births,
     collect,
+    condition,
     load_optimizer_state,
     optimizer_state,
     restore_births,
@@ -263,14 +265,12 @@ class Run:
             evaluation=evaluation,
             warmup_steps=self.warmup_steps,
         )
-        signals = [signal for watcher in self.slots.watchers for signal in watcher.see(look)]
+        return self.tell(agreed(signal for watcher in self.slots.watchers for signal in watcher.see(look)))
+
+    def tell(self, signals: list[Signal]) -> list[Signal]:
+        """Write signals to the log."""
         for signal in signals:
-            self.log.emit(
-                "signal",
-                {"action": signal.action, "rule": signal.rule, "message": signal.message, "numbers": signal.numbers},
-                step=self.clock.step,
-                key=signal.rule,
-            )
+            self.log.emit("signal", signal.to_dict(), step=self.clock.step, key=signal.rule)
         return signals
 
     def evaluate(self) -> dict[str, Any]:
@@ -285,13 +285,20 @@ class Run:
             self.best = {"step": self.clock.step, **scores}
         if self.clock.step == 0:
             self.first_scores = scores
+        learners = condition(self.trainables, self.optimizer)
         self.log.emit(
             "evaluation",
-            {**scores, "samples": self.clock.samples, "epoch": round(self.clock.epochs_done, 6), "best": better},
+            {
+                **scores,
+                "samples": self.clock.samples,
+                "epoch": round(self.clock.epochs_done, 6),
+                "best": better,
+                "learners": learners,
+            },
             step=self.clock.step,
         )
         self._tick = time.perf_counter()  # measuring is not training time
-        return scores
+        return {**scores, "learners": learners}
 
     def answer(self, count: int, prefix: str = "") -> list[dict[str, str]]:
         """Let the model answer a few held-out examples, and log it; draws from no generator. `prefix` tells kinds of answers of one step apart."""
@@ -357,7 +364,9 @@ class Run:
         values = snapshot.values
         self.clock.load_state_dict(values["clock"], plan=not fresh_plan)
         for name, part in self.slots.names.items():
-            if part not in self.slots.parametrizations:
+            if part in self.slots.parametrizations:
+                continue
+            if name in values["parts"] or part not in self.slots.watchers:  # a watcher may have come into being since
                 part.load_state_dict(checkpoint.join_state(f"part/{name}", snapshot.tensors, values["parts"][name]))
         self.trainables.load(snapshot.trainables)
         restore_births(self.optimizer, self.trainables, values["born"])

@@ -93,6 +93,32 @@ def collect(model: nn.Module, parametrizations: list[Parametrization], fresh: tu
     return Trainables(found)
 
 
+def condition(trainables: Trainables, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """How what learns is doing, from its values and what the optimizer remembers; two passes over what learns, so it is asked at measurements only.
+
+    count: parameters (tensors). size: L2 length of everything that learns. idle: share of them whose corrections have all been exactly zero;
+    missing where the optimizer remembers nothing, as before the first step.
+    """
+    parameters = [parameter.detach() for parameter in trainables]
+    if not parameters:
+        return {}
+    found: dict[str, float] = {"count": len(parameters)}
+    found |= {"size": float(torch.stack([norm.float() for norm in torch._foreach_norm(parameters)]).norm())}
+    moments = [_moment(optimizer.state.get(parameter, {})) for parameter in trainables]
+    kept = [moment for moment in moments if moment is not None]
+    if kept:
+        moved = sum(
+            bool(norm > 0) for norm in torch.stack([norm.float() for norm in torch._foreach_norm(kept)]).tolist()
+        )
+        found["idle"] = 1.0 - moved / len(parameters)
+    return found
+
+
+def _moment(state: dict[str, Any]) -> Tensor | None:
+    """What the optimizer remembers of a parameter's gradients: the first of its tensors that is no counter."""
+    return next((value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0), None)
+
+
 def halve_frozen(model: nn.Module) -> None:
     """Keep frozen floating-point weights in bf16; what learns stays fp32."""
     for parameter in model.parameters():
