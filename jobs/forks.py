@@ -10,8 +10,8 @@ from typing import Any
 from django.db.models import QuerySet
 
 from engine.core.errors import Fault, RecipeError, bad_input
-from engine.core.fork import PLAN, changed, checkpoint_steps, fork_faults, lay_fork
-from engine.core.recipe import Recipe
+from engine.core.fork import COMPUTING, PLAN, checkpoint_steps, differing, fork_faults, lay_fork
+from engine.core.recipe import Recipe, changed
 from jobs.access import Person, jobs_for, may_change
 from jobs.actions import ActionRefused, Create
 from jobs.catalogue import catalogue
@@ -57,7 +57,7 @@ def knobs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found = {
         f"settings.{name}": spec
         for name, spec in known["settings"]["properties"].items()
-        if name in PLAN or spec.get("live")
+        if name in (*PLAN, *COMPUTING) or spec.get("live")
     }
     cards = {card["slug"]: card for card in known["methods"]}
     for ref in recipe.get("methods", []):
@@ -67,8 +67,8 @@ def knobs(recipe: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_plan(name: str) -> bool:
-    """Whether a dotted name says how far to go and how to measure, not how to learn."""
-    return name.removeprefix("settings.") in PLAN
+    """Whether a dotted name says how far to go, how to measure and how to compute, not how to learn."""
+    return name.removeprefix("settings.") in (*PLAN, *COMPUTING)
 
 
 def value_of(recipe: Mapping[str, Any], name: str) -> Any:
@@ -91,6 +91,15 @@ def with_changes(job: Job, changes: Mapping[str, Any]) -> dict[str, Any]:
         for params in [settings] if head == "settings" else [ref["params"] for ref in methods if ref["slug"] == head]:
             params[leaf] = value
     return {**job.request, "settings": settings, "methods": methods}
+
+
+def remedied(job: Job, changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a signal proposes: the recipe of a new run from the beginning, and what differs by dotted name, as a fork takes it."""
+    before = Recipe.model_validate(job.recipe)
+    after = changed(before, changes)
+    body = after.model_dump(mode="json")
+    anew = {**job.request, "settings": body["settings"], "methods": body["methods"]}
+    return anew, {name: value for name, (_, value) in differing(before, after).items()}
 
 
 def _is_held(recipe: Mapping[str, Any], name: str) -> bool:
@@ -219,4 +228,4 @@ def differences(one: Job, other: Job) -> list[tuple[str, Any, Any]]:
         before, after = Recipe.model_validate(one.recipe), Recipe.model_validate(other.recipe)
     except ValueError:  # of an older studio
         return []
-    return [(name, *pair) for name, pair in changed(before, after).items()]
+    return [(name, *pair) for name, pair in differing(before, after).items()]

@@ -32,6 +32,7 @@ PLAN = (
     "checkpoint_every",
     "keep_checkpoints",
 )  # how far to go: free to change at any step
+COMPUTING = ("precision", "compile", "gradient_checkpointing", "activation_offload", "frozen_cache")  # how, not what
 _CURVES = frozenset({"metric", "evaluation"})
 
 
@@ -53,7 +54,7 @@ def fork_of(folder: Path) -> Fork | None:
     return Fork(step=int(body["step"]), name=str(body["name"]), recipe=Recipe.model_validate(body["recipe"]))
 
 
-def changed(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
+def differing(before: Recipe, after: Recipe) -> dict[str, tuple[Any, Any]]:
     """Every difference between two recipes by its dotted name, as (before, after); the names of the runs do not count."""
     one, other = _flat(before), _flat(after)
     return {
@@ -76,8 +77,8 @@ def fork_faults(before: Recipe, after: Recipe, is_live: Callable[[str], bool]) -
             why="What was saved was built with the other value: shapes, order of the data and counters belong to it.",
             way_out="Leave it as it was, or start again from the beginning with the change.",
         )
-        for name in changed(before, after)
-        if name.removeprefix("settings.") not in PLAN and not is_live(name)
+        for name in differing(before, after)
+        if name.removeprefix("settings.") not in (*PLAN, *COMPUTING) and not is_live(name)
     ]
 
 

@@ -14,7 +14,7 @@ import torch
 from engine.core.control import Control
 from engine.core.errors import RecipeError, bad_input
 from engine.core.events import EventLog
-from engine.core.fork import Fork, changed, fork_faults, fork_of
+from engine.core.fork import Fork, differing, fork_faults, fork_of
 from engine.core.recipe import Recipe
 from engine.core.space import Knob, is_live
 from engine.ops.check import Checked
@@ -73,7 +73,7 @@ def announce(run: Run) -> None:
 def _comes_from(origin: Fork, recipe: Recipe) -> str:
     differs = [
         f"{name.removeprefix('settings.')} is {after} instead of {before}"
-        for name, (before, after) in changed(origin.recipe, recipe).items()
+        for name, (before, after) in differing(origin.recipe, recipe).items()
     ]
     return f"Goes on from step {origin.step:,} of “{origin.name}”" + (
         f": {', '.join(differs)}." if differs else ", unchanged."

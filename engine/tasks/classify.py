@@ -88,6 +88,9 @@ class Classify(Task):
             settings.holdout,
             settings.seed,
         )
+        if not train or not held:
+            raise bad_input("data", "There are too few different texts.", "Some must be kept back to measure on, and the same text never stands on both sides; nothing was left for one of them.",
+                            "Add other texts.", "no_holdout")  # fmt: skip
         notes = []
         if num_cut:
             notes.append(f"{num_cut:,} of {len(kept):,} texts are longer than {length} tokens and were cut at the end.")

@@ -152,15 +152,15 @@ def _remedy(request: HttpRequest, job: Job, number: str) -> HttpResponse:
 
 
 def _follow(user: Person, job: Job, step: int, proposed: Mapping[str, Any]) -> Job:
-    changes = proposed.get("changes", {})
+    """A fork from the last good state where that was proposed and a run survives the change, or else the run anew with the change."""
+    anew, differs = forks.remedied(job, proposed.get("changes", {}))
     start = last_good(job, step) if proposed.get("start") == "last_good" else None
-    if start is not None:
-        return forks.Fork(job=job, step=start, changes=changes).execute(user)
+    if start is not None and differs.keys() <= forks.knobs(job.recipe).keys():
+        return forks.Fork(job=job, step=start, changes=differs).execute(user)
     sentence = actions.Again(job).check(user)
     if sentence:
         raise actions.ActionRefused(sentence)
-    recipe = forks.with_changes(job, changes)
-    return actions.Create(owner=user, name=job.name, recipe=recipe, again_of=job).execute(user)
+    return actions.Create(owner=user, name=job.name, recipe=anew, again_of=job).execute(user)
 
 
 def last_good(job: Job, step: int) -> int | None:

@@ -59,6 +59,7 @@ def method(request: PageRequest, slug: str) -> HttpResponse:
     return render(request, "pages/method.html", {
         "method": plant, "basic": [dial for dial in shown if dial.tier == "basic"], "expert": [dial for dial in shown if dial.tier != "basic"],
         "slots": [titles.get(name, name) for name in plant.slots],
+        "beside": any(slot["arity"] == "many" for slot in garden.slots() if slot["name"] in plant.slots),
         "defaults": {dial.name: _default_words(dial) for dial in shown},
         "others": [other for other in garden.plants() if other.family == plant.family and other.slug != plant.slug][:6],
         "goals": [goal["title"] for goal in garden.goals() if plant.suits(goal["name"])],

@@ -12,7 +12,7 @@ import pytest
 from engine.core.control import Control, clear_requests, write_request
 from engine.core.errors import EngineError
 from engine.core.events import LOG_NAME, EventLog, read_events
-from engine.core.fork import ORIGIN, begin_log, changed, checkpoint_steps, fork_faults, fork_of, lay_fork
+from engine.core.fork import ORIGIN, begin_log, checkpoint_steps, differing, fork_faults, fork_of, lay_fork
 from engine.core.recipe import Recipe, parse_recipe
 from engine.ops.check import require
 from engine.ops.folder import run_folder
@@ -131,7 +131,7 @@ def test_what_was_built_with_a_value_cannot_change(tiny: Tiny, whole: Path, tmp_
 def test_faults_name_each_change_that_a_run_does_not_survive(tiny: Tiny) -> None:
     before = recipe(tiny)
     after = recipe(tiny, dropout=0.2, max_length=32, learning_rate=1e-3, max_steps=30)
-    assert set(changed(before, after)) == {
+    assert set(differing(before, after)) == {
         "lora.dropout",
         "settings.max_length",
         "settings.learning_rate",

@@ -88,11 +88,18 @@ def test_the_split_keeps_every_label_on_both_sides(encoder: ModelFacts, data: Da
 def test_long_texts_are_cut_with_their_end_mark_and_said(data: DataFacts) -> None:
     facts = model_facts("starter:minilm-l6", task="classify")
     tokenizer = SORT.load_tokenizer(facts)
-    rows = [{"text": "word " * n, "label": "money"} for n in (3, 50, 60)] * 3
+    rows = [{"text": word * n, "label": "money"} for n in (3, 50, 60) for word in ("word ", "case ", "note ")]
     encoded = SORT.encode(rows, tokenizer, recipe(facts, data), data)
     lengths = {len(example) for example in [*encoded.train, *encoded.holdout]}
     assert lengths == {5, 24} and "6 of 9 texts are longer than 24 tokens" in encoded.notes[0]
     assert {example.input_ids[-1] for example in encoded.train} == {tokenizer.sep_token_id}
+
+
+def test_texts_that_are_all_the_same_are_refused_in_a_sentence(data: DataFacts) -> None:
+    facts = model_facts("starter:minilm-l6", task="classify")
+    rows = [{"text": "the same again", "label": "money"}] * 12
+    with pytest.raises(EngineError, match="too few different texts"):
+        SORT.encode(rows, SORT.load_tokenizer(facts), recipe(facts, data), data)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
