@@ -89,7 +89,8 @@ class Classify(Task):
             settings.seed,
         )
         if not train or not held:
-            raise bad_input("data", "There are too few different texts.", "Some must be kept back to measure on, and the same text never stands on both sides; nothing was left for one of them.",
+            raise bad_input("data", "There are too few different texts.",
+                            "Some must be kept back to measure on, the same text never stands on both sides, and one side would be empty.",
                             "Add other texts.", "no_holdout")  # fmt: skip
         notes = []
         if num_cut:
