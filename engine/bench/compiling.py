@@ -56,7 +56,8 @@ def measure() -> list[Section]:
         )  # fmt: skip
     told = PAYS["cpu"]
     section.remarks += [
-        f"The best of these is {best:.2f}; `engine.ops.compiling` takes {told.faster:.2f} for a processor, by which `auto` never compiles there.",
+        f"The best of these is {best:.2f}; `engine.ops.compiling` counts {told.faster:.2f} for a processor, so `auto` compiles there only "
+        "if that number is above 1.",
         "No GPU was measured. `auto` decides there by published figures, the lower gain (+16 %) against the higher cost (70 s).",
     ]
     if late:

@@ -35,7 +35,8 @@ class Click:
     """One job. Seconds count from the answer 202, but for `accepted`, which counts from the request."""
 
     accepted: float
-    first: float
+    seen: float  # the first number in the client: the held-out loss of the start, which opens the chart
+    first: float  # the first training step in the client
     stages: tuple[float, ...]  # when each of STAGES was written
     delays: tuple[float, ...]  # from the writing of an event to its arrival
     num_events: int
@@ -67,6 +68,7 @@ def click(studio: Installation, number: int) -> Click:
     stored = {event["seq"] for event in studio.get(f"jobs/{job}/events?after=0&limit=1000")["events"]}
     return Click(
         accepted=accepted - begun,
+        seen=next(at for at, event in arrivals if event["kind"] in ("evaluation", "metric")) - accepted,
         first=next(at for at, event in arrivals if event["kind"] == "metric") - accepted,
         stages=tuple(_written(arrivals, *stage[1:]) - accepted for stage in STAGES),
         delays=tuple(at - event["time"] for at, event in arrivals if event["kind"] != "status"),
@@ -115,14 +117,16 @@ def measure() -> list[Section]:
 
 
 def _waiting(all_clicks: list[Click], clicks: list[list[Click]], cold: list[float]) -> Section:
-    first = [one.first for one in all_clicks]
+    first, seen = [one.first for one in all_clicks], [one.seen for one in all_clicks]
     by_round = [statistics.median(one.first for one in turn) for turn in clicks]
     delays = [delay for one in all_clicks for delay in one.delays]
     rows: list[tuple[str, ...]] = [
         ("request accepted (all checks done, job in the queue), median", f"{statistics.median(one.accepted for one in all_clicks):.2f} s"),
-        ("accepted to the first metric in the client, median", f"{statistics.median(first):.2f} s"),
-        ("accepted to the first metric in the client, p95", f"{quantile(first, 0.95):.2f} s"),
-        ("accepted to the first metric in the client, worst", f"{max(first):.2f} s"),
+        ("accepted to the first point of the chart (held-out loss of the start) in the client, median", f"{statistics.median(seen):.2f} s"),
+        ("accepted to the first point of the chart in the client, p95", f"{quantile(seen, 0.95):.2f} s"),
+        ("accepted to the first training step in the client, median", f"{statistics.median(first):.2f} s"),
+        ("accepted to the first training step in the client, p95", f"{quantile(first, 0.95):.2f} s"),
+        ("accepted to the first training step in the client, worst", f"{max(first):.2f} s"),
         *((f"accepted until {name[0]}, median", f"{statistics.median(one.stages[place] for one in all_clicks):.3f} s") for place, name in enumerate(STAGES)),
         ("event written to event in the client, p50", f"{quantile(delays, 0.5) * 1e3:.0f} ms"),
         ("event written to event in the client, p99", f"{quantile(delays, 0.99) * 1e3:.0f} ms"),
@@ -131,9 +135,12 @@ def _waiting(all_clicks: list[Click], clicks: list[list[Click]], cold: list[floa
         ("events lost between database and client", f"{sum(one.num_lost for one in all_clicks)}"),
     ]  # fmt: skip
     p95 = interval(lambda values: quantile(values, 0.95), first)
+    p95_seen = interval(lambda values: quantile(values, 0.95), seen)
     times = interval(ratio_of_medians, cold, by_round)
     goals = [
-        Goal(number="P3", goal="accepted request to the first metric in the client, p95", value=quantile(first, 0.95), interval=p95, target=0.7,
+        Goal(number="P3", goal="accepted request to the first point of the chart in the client, p95", value=quantile(seen, 0.95), interval=p95_seen,
+             target=0.7, unit="s", baseline=f"a cold script needs {statistics.median(cold):.1f} s", reason=WHERE_IT_GOES),
+        Goal(number="P3", goal="accepted request to the first training step in the client, p95", value=quantile(first, 0.95), interval=p95, target=0.7,
              unit="s", baseline=f"a cold script needs {statistics.median(cold):.1f} s", reason=WHERE_IT_GOES),
         Goal(number="P3", goal="first step: a cold script takes this many times as long", value=ratio_of_medians(cold, by_round), interval=times,
              target=15.0, better="more", baseline="python script: import torch, transformers, peft; LoRA; one step", reason=COLD_FROM_MEMORY),
