@@ -19,6 +19,7 @@ from jobs.access import Person, jobs_for
 from jobs.models import Event, Job
 from jobs.plain import Refused, faults_of
 from studio.pages import dials, telling
+from studio.pages.asking import tell_refusal
 
 
 @login_required
@@ -140,12 +141,8 @@ def _remedy(request: HttpRequest, job: Job, number: str) -> HttpResponse:
     back = HttpResponseRedirect(reverse("run", args=[job.pk]))
     try:
         made = _follow(request.user, job, event.step, proposed)
-    except actions.ActionRefused as error:
-        messages.warning(request, str(error))
-        return back
-    except Refused as error:
-        for fault in faults_of(error):
-            messages.error(request, f"{fault['what']} {fault['why']} {fault['way_out']}")
+    except (actions.ActionRefused, Refused) as error:
+        tell_refusal(request, error)
         return back
     messages.success(request, telling.sentence(f"{proposed['title']}: it is in the queue"))
     return HttpResponseRedirect(reverse("run", args=[made.pk]))

@@ -24,9 +24,10 @@ from jobs import actions, forks
 from jobs.access import Person, jobs_for
 from jobs.downloads import METRICS
 from jobs.models import ACTIVE, TERMINAL, Event, Job, Status
-from jobs.plain import Refused, faults_of
+from jobs.plain import Refused
 from jobs.series import series
 from studio.pages import comparing, forking, results, telling, words
+from studio.pages.asking import tell_refusal
 from studio.pages.trials import live_trials
 from studio.pages.verdict import verdict
 
@@ -338,12 +339,8 @@ def run_action(request: HttpRequest, pk: uuid.UUID, action: str) -> HttpResponse
             if action == "again"
             else ACTIONS[action](job).execute(request.user)
         )
-    except actions.ActionRefused as error:
-        messages.warning(request, str(error))
-        return back
-    except Refused as error:
-        for fault in faults_of(error):
-            messages.error(request, f"{fault['what']} {fault['why']} {fault['way_out']}")
+    except (actions.ActionRefused, Refused) as error:
+        tell_refusal(request, error)
         return back
     messages.success(request, DONE[action])
     return HttpResponseRedirect(reverse("runs") if action == "delete" else reverse("run", args=[changed.pk]))

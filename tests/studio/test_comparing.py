@@ -49,7 +49,7 @@ def finished(ada: User, name: str, right: int, **settings: Any) -> Job:
     return job
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("engine_here")
 def test_who_is_better_is_told_from_chance(visitor: Client, ada: User) -> None:
     """The real engine counts."""
     first, better, even = (

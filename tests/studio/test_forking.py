@@ -37,7 +37,7 @@ def visitor(ada: User, client: Client) -> Client:
 
 
 @pytest.fixture
-def ended(ada: User) -> Job:
+def ended(ada: User, engine_here: None) -> Job:
     """A run that has ended and left two saved states; their tensors do not matter here."""
     ensure_data()
     ensure_models()
@@ -60,7 +60,6 @@ def html(client: Client, address: str, status: int = 200) -> str:
     return answer.content.decode()
 
 
-@pytest.mark.slow
 def test_a_person_chooses_a_state_and_what_changes(visitor: Client, ended: Job) -> None:
     assert f"/runs/{ended.pk}/fork/?step=30" in html(visitor, f"/runs/{ended.pk}/")
     page = html(visitor, f"/runs/{ended.pk}/fork/?step=30")
@@ -83,7 +82,6 @@ def test_a_person_chooses_a_state_and_what_changes(visitor: Client, ended: Job) 
     assert "goes on from step 30 of" in both and "Learning rate 0.0005 instead of 0.002" in both and ended.name in both
 
 
-@pytest.mark.slow
 def test_what_cannot_be_read_or_is_gone_is_told_and_nothing_is_lost(visitor: Client, ended: Job) -> None:
     address = f"/runs/{ended.pk}/fork/"
     wrong = {"step": "30", "settings.learning_rate": "fast", "was.settings.learning_rate": "0.002", "go": "start"}
@@ -100,7 +98,6 @@ def test_what_cannot_be_read_or_is_gone_is_told_and_nothing_is_lost(visitor: Cli
     assert 'value="0.002"' in put_back and not Job.objects.filter(again_of=ended).exists()
 
 
-@pytest.mark.slow
 def test_the_button_of_a_signal_goes_back_to_the_last_good_state(visitor: Client, ended: Job) -> None:
     seq = ended.last_seq + 1
     Event.objects.create(job=ended, seq=seq, kind="signal", step=70, time=0.0,
