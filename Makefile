@@ -32,11 +32,11 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 STAGES := lint types architecture engine-unit engine-conformance jobs studio e2e
 
-.PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench conformance effects shots lock format clean
+.PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench bench-events conformance effects shots lock format clean
 
 help: ## Show this list
 	@echo "Bonsai Studio: train, prune, graft and merge neural networks in the browser."
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 start: env ## Install if needed, then run the studio until Ctrl-C
 	@exec $(PY) manage.py up $(ARGS)
@@ -96,6 +96,9 @@ shots: env-dev ## Take the screenshots of the pages with a real browser
 
 bench: env-dev ## Measure every goal (about half an hour on two cores) and rewrite docs/benchmarks
 	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench $(ARGS)
+
+bench-events: env-dev ## Ten thousand events a second for half a minute; rewrites docs/benchmarks/events.md
+	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench events
 
 format: env-dev ## Sort imports and format the code
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .
