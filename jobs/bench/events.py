@@ -144,7 +144,7 @@ def _mlflow() -> tuple[list[Section], list[str]]:
     if importlib.util.find_spec("mlflow") is None:
         return [], ["MLflow's file store and SQLite store: not measured, MLflow is not installed on this machine."]
     client_of = importlib.import_module("mlflow.tracking").MlflowClient
-    rows = []
+    rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory(prefix="bonsai-bench-") as name:
         for title, place in (("file store", f"file://{name}/files"), ("SQLite store", f"sqlite:///{name}/store.db")):
             client: Any = client_of(tracking_uri=place)
