@@ -50,7 +50,7 @@ def test_every_damage_is_seen_and_the_checkpoint_before_is_used(tmp_path: Path, 
         setting="BONSAI_DRILL_DAMAGE",
     ) as told:
         folder = tmp_path / "job"
-        for _ in range(often("BONSAI_DRILL_DAMAGE", 40)):
+        for _ in range(often("BONSAI_DRILL_DAMAGE", 20)):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(clean, folder)
             last, before = (checkpoint.listed(folder)[place] for place in (-1, -2))

@@ -158,7 +158,7 @@ def test_a_run_whose_disk_is_full_says_so_and_goes_on_to_the_same_bits(tiny: Tin
     with pytest.MonkeyPatch.context() as patch:
         calls = FullDisk(patch, whole).calls
         assert run_folder(whole)["outcome"] == "succeeded"
-    num = often("BONSAI_DRILL_DISK", 6)
+    num = often("BONSAI_DRILL_DISK", 4)
     places = range(2, len(calls) + 1) if not num else [2 + (len(calls) - 2) * n // max(1, num - 1) for n in range(num)]
     with drill(
         "disk full in a real run",
