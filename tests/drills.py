@@ -47,6 +47,8 @@ def drill(name: str, what: str, *, unit: str, place: str, setting: str = "") -> 
     began = time.monotonic()
     try:
         yield told
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
         told.violations += 1
         told.note = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"

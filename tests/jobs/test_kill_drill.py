@@ -34,6 +34,7 @@ from tests.ports import free_port
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = int(os.environ.get("BONSAI_DRILL_KILLS", "30"))
+MOST_SECONDS = float(os.environ.get("BONSAI_DRILL_SECONDS", "inf"))  # of killing; what was reached then is what is told
 SEED = int(os.environ.get("BONSAI_DRILL_SEED", "20261"))
 TIMING = {"seconds", "tokens_per_second", "memory"}
 TARGETS = (
@@ -224,12 +225,16 @@ def _strike(
     dice = random.Random(SEED)
     num_kills, jobs, by_target = 0, [], dict.fromkeys(("child", "consumer", "web", "engine"), 0)
     began = time.monotonic()
-    while num_kills < NUM_KILLS:
+
+    def enough() -> bool:
+        return num_kills >= NUM_KILLS or time.monotonic() - began > MOST_SECONDS
+
+    while not enough():
         job = studio.queue(recipe)
         jobs.append(job)
         while studio.job(job, "status")[0] not in ENDS:
             assert time.monotonic() - began < 18 * NUM_KILLS, "the drill does not get on"
-            targets = dice.choice(TARGETS) if num_kills < NUM_KILLS else ()
+            targets = () if enough() else dice.choice(TARGETS)
             if "child" in targets:
                 # A third death in a row without a new checkpoint rightly ends a run; that is another test.
                 try:
@@ -247,7 +252,7 @@ def _strike(
     with capsys.disabled():
         print(f"\n{num_kills} kills {by_target} in {time.monotonic() - began:.0f} s over {len(jobs)} jobs")
 
-    assert by_target["child"] >= NUM_KILLS // 4
+    assert by_target["child"] >= num_kills // 4 > 0
     wait(studio.healthy)
     for job in jobs:
         status, reason, last_seq, attempt = studio.job(job, "status", "reason", "last_seq", "attempt")
