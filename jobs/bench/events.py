@@ -26,6 +26,7 @@ from jobs.parts import ROOT
 
 RATE, SECONDS, JOBS = 10_000, 30.0, 4
 WINDOW = 5.0  # seconds; lag is told for each of these
+BUSY = "one Python process reads the lines of all runs, and other programs used both cores during the measurement (the load average stands in the page)."
 SIDE = "jobs.bench.events_side"
 
 
@@ -199,9 +200,9 @@ def _table(found: Sequence[Lags], remarks: list[str]) -> Section:
         ],
         remarks=["None of our events was lost or came twice.", *remarks],
         goals=[
-            Goal(number="P5", goal=f"{what}: lag of 99 of 100", value=lag, interval=(1e3 * min(tails), 1e3 * max(tails)), target=500, unit="ms",
+            Goal(number="P5", goal=f"{what}: lag of 99 of 100", value=lag, interval=(1e3 * min(tails), 1e3 * max(tails)), target=500, unit="ms", reason=BUSY,
                  baseline=f"interval: least and greatest of {len(tails)} windows of {WINDOW:g} s; {sqlite.made:,} of {wanted:,} events were written in the time"),
-            Goal(number="P5", goal=f"{what}: lag in the last third, as a multiple of that in the first", value=growth, target=1.5,
+            Goal(number="P5", goal=f"{what}: lag in the last third, as a multiple of that in the first", value=growth, target=1.5, reason=BUSY,
                  baseline="medians of the windows' medians"),
         ],
     )  # fmt: skip
