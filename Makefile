@@ -32,11 +32,11 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 STAGES := lint types architecture engine-unit engine-conformance jobs studio e2e
 
-.PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench conformance effects shots lock format clean
+.PHONY: help start env env-dev test $(addprefix test-,$(STAGES)) bench bench-events drills conformance effects shots lock format clean
 
 help: ## Show this list
 	@echo "Bonsai Studio: train, prune, graft and merge neural networks in the browser."
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 start: env ## Install if needed, then run the studio until Ctrl-C
 	@exec $(PY) manage.py up $(ARGS)
@@ -96,6 +96,19 @@ shots: env-dev ## Take the screenshots of the pages with a real browser
 
 bench: env-dev ## Measure every goal (about half an hour on two cores) and rewrite docs/benchmarks
 	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench $(ARGS)
+
+bench-events: env-dev ## Ten thousand events a second for half a minute; rewrites docs/benchmarks/events.md
+	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench events
+
+# How often each drill strikes; 0 means at every single place.
+DRILLS := BONSAI_DRILL_KILLS=$(or $(KILLS),200) BONSAI_DRILL_DISK=$(or $(DISK),0) BONSAI_DRILL_DAMAGE=1000 BONSAI_DRILL_CLOCK=10 BONSAI_DRILL_LOCK=10
+DRILL_ROWS := $(RESULTS)/drills.jsonl
+
+drills: env-dev ## Kill, fill the disk, damage, move the clock, lock (half an hour); rewrites docs/benchmarks/drills.md
+	@mkdir -p $(RESULTS) $(TEST_HOME) && rm -f $(DRILL_ROWS); failed=0; \
+	$(DRILLS) BONSAI_DRILL_ROWS=$(CURDIR)/$(DRILL_ROWS) $(PYTEST) -q tests/engine/unit/test_drill_disk.py tests/engine/unit/test_drill_damage.py \
+		tests/jobs/test_drill_clock.py tests/jobs/test_drill_locked.py tests/jobs/test_kill_drill.py $(ARGS) || failed=1; \
+	BONSAI_DRILL_ROWS=$(DRILL_ROWS) $(PY) -m tests.drills || failed=1; exit $$failed
 
 format: env-dev ## Sort imports and format the code
 	@$(PY) -m ruff check --fix --quiet . ; $(PY) -m ruff format .

@@ -105,13 +105,13 @@ def _run(chosen: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "recipe.json").exists():
             write_json(folder / "recipe.json", _resolved(recipe))
-    from engine.ops.folder import run_folder
+    from engine.ops.folder import exit_code, run_folder
     from engine.train.run import set_threads
 
     set_threads()
     result = run_folder(folder)
     print(result["message"])
-    return 0 if result["outcome"] != "failed" else 1
+    return exit_code(folder, result)
 
 
 def _resolved(recipe):  # type: ignore[no-untyped-def]

@@ -243,7 +243,8 @@ class Service:
             folder = self.children.pop(pid, None)
             if folder is not None and folder.exists():
                 code = os.waitstatus_to_exitcode(status)
-                write_json(folder / "exit.json", {"pid": pid, "code": max(code, 0), "signal": -min(code, 0)})
+                with contextlib.suppress(OSError):  # a full disk must not take the service along
+                    write_json(folder / "exit.json", {"pid": pid, "code": max(code, 0), "signal": -min(code, 0)})
 
     @staticmethod
     def _has_gpu() -> bool:

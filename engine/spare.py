@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.answers import answer, encode
+from engine.core.control import DISK_REFUSED
 from engine.warm import warm_up
 
 SUCCESSOR_SECONDS = 5.0  # a new spare imports for seconds; the job that took the last one starts undisturbed
@@ -100,12 +101,12 @@ def wait_for_order() -> int:
 
 def work_off(folder: Path, request: dict[str, Any]) -> int:
     """Run the job of a launch request in this process; returns its exit code."""
-    from engine.ops.folder import run_folder
+    from engine.ops.folder import exit_code, run_folder
     from engine.train.run import set_threads
 
     if request.get("gpu") is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(request["gpu"])
     os.environ["BONSAI_ENGINE_SOCKET"] = str(request["socket"])
     set_threads()
-    run_folder(folder)
-    return 0
+    code = exit_code(folder, run_folder(folder))
+    return code if code == DISK_REFUSED else 0

@@ -31,6 +31,7 @@ from engine.core.errors import EngineError, Fault, bad_input
 from engine.core.recipe import parse_recipe
 from jobs.models import Artifact, Event, Job
 from jobs.places import home, job_folder
+from jobs.tensorboard import event_file
 
 BESIDE = ("recipe.yaml", "README.md", "certificate.json")  # what travels with every form
 CHUNK = 1 << 18
@@ -149,6 +150,22 @@ def events_response(request: HttpRequest, job: Job) -> StreamingHttpResponse:
             "X-Content-Type-Options": "nosniff",
             "Cache-Control": "private, no-cache",
             "Content-Disposition": content_disposition_header(True, f"{file_stem(job)}-events.csv") or "attachment",
+        },
+    )
+
+
+def tensorboard_response(request: HttpRequest, job: Job) -> StreamingHttpResponse:
+    """The curves as an event file that TensorBoard opens."""
+    pieces = event_file(job)
+    # TensorBoard knows an event file by "tfevents" in its name.
+    name = f"{file_stem(job)}-events.out.tfevents.{int(job.created.timestamp())}.bonsai"
+    return StreamingHttpResponse(
+        _asynchronous(pieces) if isinstance(request, ASGIRequest) else pieces,
+        content_type="application/octet-stream",
+        headers={
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "private, no-cache",
+            "Content-Disposition": content_disposition_header(True, name) or "attachment",
         },
     )
 

@@ -11,6 +11,7 @@ from django.db import transaction as database
 from django.db.models import F
 
 from engine.core.artifact import MANIFEST
+from engine.core.control import DISK_REFUSED
 from engine.core.errors import EngineError, Fault
 from jobs.launch import RESULT, Child, read_json
 from jobs.lifecycle import REASONS, Overtaken, transition
@@ -158,6 +159,15 @@ def _silent(job: Job, epoch: int, status: tuple[int, int] | None, *, killed: boo
             way_out="Choose fewer examples at a time (and add up more batches), a shorter longest text, or a smaller model.",
         )
         transition(job, Status.FAILED, BY, "out_of_memory", epoch=epoch, message=str(fault), faults=[fault.to_dict()])
+    elif code == DISK_REFUSED:
+        fault = Fault(
+            where="machine",
+            what="The disk took nothing more, not even the result of this run.",
+            why="A full disk is the usual cause.",
+            way_out="Free space, then go on from the last saved state: it is kept.",
+            code="disk_refused",
+        )
+        transition(job, Status.FAILED, BY, "environment", epoch=epoch, message=str(fault), faults=[fault.to_dict()])
     elif job.crashes < MAX_CRASHES:
         transition(
             job,

@@ -81,19 +81,25 @@ class Ingester:
         self.offset, self.log_seq = job.log_offset, job.log_seq
 
     def drain(self) -> Taken:
-        """Take everything that is complete in the log; raises Fenced when the lease was lost."""
+        """Take everything that is complete in the log by now; raises Fenced when the lease was lost.
+
+        What is written meanwhile is left for the next look: a log that always grows would keep the caller from everything else.
+        """
         total = Taken()
+        end = self.path.stat().st_size if self.path.exists() else 0
         with contextlib.ExitStack() as stack:
             second: ThreadPoolExecutor | None = None  # reads on in a backlog, while the database writes
             piece = self._piece()
             while piece is not None:
                 reading = None
-                if len(piece.raw) >= BATCH_BYTES // 2:
+                if len(piece.raw) >= BATCH_BYTES // 2 and piece.end < end:
                     second = second or stack.enter_context(ThreadPoolExecutor(1, "ingest"))
                     reading = second.submit(_read, self.path, piece.end)
                 taken = self._take(piece)
                 if taken is not None:
                     total.add(taken)
+                if self.offset >= end:
+                    break
                 ahead = reading.result() if reading is not None else None
                 piece = ahead if ahead is not None and ahead.start == self.offset else self._piece()
         return total

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 Request = Literal["stop", "pause", "cancel", "save"]
 CONTROL_NAME = "control.json"
+DISK_REFUSED = 74  # exit code of a child that could not even write how it ended (EX_IOERR of sysexits.h)
 
 
 def write_request(folder: Path, request: Request) -> int:
@@ -67,11 +68,15 @@ class Control:
 def write_json(path: Path, body: Any) -> None:
     """Write JSON beside `path`, sync it, and rename it into place: readers see the old file or the new one, never half."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(body, file, allow_nan=False, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(body, file, allow_nan=False, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ Numbers grow by one without a hole. After a resume the replayed steps are not wr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -93,9 +94,9 @@ class EventLog:
             for event, offset in read_events(self.path):
                 self._remember(event)
                 end = offset
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
         self._file.truncate(end)  # a line torn by a crash was never an event
-        self._file.seek(0, os.SEEK_END)
+        self._end = end
 
     def emit(self, kind: Kind, data: dict[str, Any], *, step: int = 0, key: str = "") -> None:
         """Append one event. A replayed (kind, step, key) of a deterministic kind is skipped."""
@@ -118,8 +119,8 @@ class EventLog:
     def flush(self) -> None:
         """Write gathered metric rows."""
         if self._rows:
-            rows, self._rows = self._rows, []
-            self._append("metric", {"rows": rows}, rows[-1]["step"])
+            self._append("metric", {"rows": self._rows}, self._rows[-1]["step"])
+            self._rows = []
         self._last_flush = time.monotonic()
 
     def sync(self) -> None:
@@ -132,16 +133,29 @@ class EventLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.sync()
-        self._file.close()
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
     def _append(self, kind: str, data: dict[str, Any], step: int) -> None:
         event = Event(self.seq + 1, round(time.time(), 3), kind, step, data)
-        self._file.write(event.line())
-        self._file.flush()
+        self._put(event.line())
         if kind in _SYNCED:
             os.fsync(self._file.fileno())
         self._remember(event)
+
+    def _put(self, line: bytes) -> None:
+        """Write a line, or leave the log as it was: on a full disk nothing of it may come out later, beside a line with the same number."""
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._end += len(line)
 
     def _remember(self, event: Event) -> None:
         self.seq = event.seq

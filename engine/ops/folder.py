@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.core.control import Control, write_json
+from engine.core.control import DISK_REFUSED, Control, write_json
 from engine.core.errors import EngineError, Fault, Reason, RecipeError
 from engine.core.events import EventLog
 from engine.core.fork import begin_log
@@ -23,6 +24,7 @@ from engine.ops.check import Checked, require
 from engine.train.run import Ending
 
 RESULT = "result.json"
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def driver(operation: str) -> Callable[..., Ending]:
@@ -32,24 +34,49 @@ def driver(operation: str) -> Callable[..., Ending]:
 
 
 def run_folder(folder: Path) -> dict[str, Any]:
-    """Run or resume the job in `folder`; returns what was written to result.json. Never raises for what a run can meet."""
+    """Run or resume the job in `folder`; returns what was written to result.json. Never raises for what a run can meet.
+
+    On a disk so full that not even this can be written there is no result.json, and `exit_code` tells of it.
+    """
     folder = folder.resolve()
     with _alone(folder):
         (folder / RESULT).unlink(missing_ok=True)
-        begin_log(folder)
-        log = EventLog(folder)
         control = Control(folder)
         control.listen_for_sigterm()
+        log: EventLog | None = None
         try:
+            begin_log(folder)
+            log = EventLog(folder)
             ending = _run(folder, log, control)
             done = "succeeded" if ending.exports else ending.reason
             result: dict[str, Any] = {"outcome": done, "reason": ending.reason, "message": ending.message, "faults": []}
         except Exception as error:
             result = _failure(error, folder)
-        log.emit("state", {"state": "done", "message": result["message"]})
-        log.close()
+        return _written(folder, log, result)
+
+
+def exit_code(folder: Path, result: dict[str, Any]) -> int:
+    """What the process of a run ends with: 0, 1 after a failure, DISK_REFUSED when the disk did not even take the result."""
+    if not (folder / RESULT).exists():
+        return DISK_REFUSED
+    return 1 if result["outcome"] == "failed" else 0
+
+
+def _written(folder: Path, log: EventLog | None, result: dict[str, Any]) -> dict[str, Any]:
+    """Leave the result. What the disk refuses now turns a success into a failure that can go on, and hides no earlier failure."""
+    try:
+        if log is not None:
+            try:
+                log.emit("state", {"state": "done", "message": result["message"]})
+            finally:
+                log.close()
+    except OSError as error:
+        result = result if result["outcome"] == "failed" else _failure(error, folder)
+    try:
         write_json(folder / RESULT, result)
-        return result
+    except OSError as error:
+        result = result if result["outcome"] == "failed" else _failure(error, folder)
+    return result
 
 
 def _run(folder: Path, log: EventLog, control: Control) -> Ending:
@@ -86,7 +113,9 @@ def _failure(error: Exception, folder: Path) -> dict[str, Any]:
                 Fault(
                     where="machine",
                     what=f"The machine refused a file operation: {error.strerror or error}.",
-                    why="A full disk or a missing permission is the usual cause.",
+                    why="The disk is full."
+                    if error.errno in FULL
+                    else "A full disk or a missing permission is the usual cause.",
                     way_out="Free space or mend the permission, then resume: the last checkpoint is kept.",
                     code="os_error",
                 ),

@@ -10,6 +10,7 @@ checkpoints/step-00000040/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from engine.core.recipe import canonical
 from engine.io.tensors import DamagedFile, load_tensors, save_tensors
 
 FOLDER = "checkpoints"
+_BEFORE = ".before.tmp"
 _FILES = ("trainables", "optimizer", "state")
 
 
@@ -61,9 +63,11 @@ def save(folder: Path, draft: Draft) -> Path:
     root.mkdir(exist_ok=True)
     target = root / f"step-{draft.step:08d}"
     beside = root / f".{target.name}.{os.getpid()}.tmp"
+    before = root / f".{target.name}{_BEFORE}"
+    _put_back(root)
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
     try:
+        beside.mkdir()
         manifest: dict[str, Any] = {"step": draft.step, "tensors": {}}
         for name, tensors in draft.files.items():
             manifest["tensors"][name] = save_tensors(beside / f"{name}.safetensors", tensors)
@@ -72,14 +76,16 @@ def save(folder: Path, draft: Draft) -> Path:
         manifest["self"] = _digest(canonical(manifest))
         _write(beside / "manifest.json", canonical(manifest))
         _sync_folder(beside)
+        if target.exists():
+            target.rename(before)
+        beside.rename(target)
     except BaseException:
-        shutil.rmtree(
-            beside, ignore_errors=True
-        )  # on a full disk half a checkpoint would be in the way of everything else
+        # On a full disk half a checkpoint would be in the way of everything else.
+        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _put_back(root)
         raise
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
+    shutil.rmtree(before, ignore_errors=True)
     _sync_folder(root)
     return target
 
@@ -111,6 +117,7 @@ def load(path: Path, *, optimizer: bool = True) -> Snapshot:
 def newest(folder: Path) -> tuple[Snapshot | None, list[str]]:
     """The newest intact checkpoint, and a sentence for each damaged one that was passed over (and set aside)."""
     complaints: list[str] = []
+    _put_back(folder / FOLDER)
     for path in reversed(listed(folder)):
         try:
             return load(path), complaints
@@ -129,6 +136,7 @@ def listed(folder: Path) -> list[Path]:
 
 def prune(folder: Path, best_step: int | None, keep_last: int = 2) -> None:
     """Keep the last ones and the best; clear what a crash left half written."""
+    _put_back(folder / FOLDER)
     paths = listed(folder)
     for path in paths[:-keep_last]:
         if int(path.name.removeprefix("step-")) != best_step:
@@ -182,6 +190,16 @@ def join_state(prefix: str, tensors: dict[str, Tensor], values: dict[str, Any]) 
     """The inverse of `split_state`."""
     mine = {key.removeprefix(prefix + "/"): value for key, value in tensors.items() if key.startswith(prefix + "/")}
     return {**values, **mine}
+
+
+def _put_back(root: Path) -> None:
+    """Give a checkpoint its name back that was to make room for a newer one of the same step, when that one never came."""
+    for before in root.glob(f".step-*{_BEFORE}"):
+        target = root / before.name.removeprefix(".").removesuffix(_BEFORE)
+        if target.exists():
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            before.rename(target)
 
 
 def _digest(text: str) -> str:

@@ -266,6 +266,16 @@ def download_events(request: HttpRequest, job_id: uuid.UUID) -> Any:
     return downloads.events_response(request, _visible(request, job_id))
 
 
+@router.get(
+    "/{uuid:job_id}/events.tfevents",
+    summary="The curves for TensorBoard",
+    openapi_extra=_file("application/octet-stream"),
+)
+def download_tensorboard(request: HttpRequest, job_id: uuid.UUID) -> Any:
+    """An event file with the names that transformers' Trainer uses: train/loss, train/grad_norm, eval/loss and so on. Keep "tfevents" in its name."""
+    return downloads.tensorboard_response(request, _visible(request, job_id))
+
+
 @router.get("/{uuid:job_id}/recipe.yaml", summary="The recipe as a file", openapi_extra=_file("application/yaml"))
 def download_recipe(request: HttpRequest, job_id: uuid.UUID) -> Any:
     """Complete, every open setting filled: the same recipe gives the same run."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from django.core.exceptions import PermissionDenied, RequestDataTooBig, SuspiciousOperation
+from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed
 from django.http.multipartparser import MultiPartParserError
 from django.http.response import HttpResponseBase
@@ -18,6 +19,7 @@ from engine.core.errors import EngineError, Fault, RecipeError
 
 logger = logging.getLogger(__name__)
 CONTENT_TYPE = "application/problem+json"
+RETRY_SECONDS = 5  # while the database does not answer
 # What a refusal by the engine means to a client: whose turn it is to act.
 STATUS_OF_REASON = {"bad_input": 422, "out_of_memory": 422, "diverged": 422, "environment": 503, "bug": 500}
 NOT_FOUND = Fault(
@@ -109,6 +111,16 @@ def problem_of(error: Exception) -> Problem:
                 "Too many requests.",
                 "One person may only ask so often in a minute, so that others get a turn.",
                 f"Wait {int(error.wait) + 1 if error.wait else 60} seconds and go on more slowly.",
+            )
+        case OperationalError() | InterfaceError():
+            logger.warning("The database did not answer in time: %s", error)
+            return refuse(
+                503,
+                "database_busy",
+                "The database did not answer in time, so nothing was changed.",
+                "Another program holds it, for instance a backup, or it is being restarted.",
+                f"Ask again in {RETRY_SECONDS} seconds. Runs go on meanwhile.",
+                headers={"Retry-After": str(RETRY_SECONDS)},
             )
         case RequestDataTooBig():
             return refuse(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine.core.control import Control, write_json
+from engine.core.control import DISK_REFUSED, Control, write_json
 from engine.core.events import EventLog
 from tests.jobs.logs import artifact_in, metric_row
 
@@ -37,6 +37,8 @@ def main(folder: Path, manner: str) -> None:
         log.emit("state", {"state": "starting", "message": "Reading."})
         if manner == "refused":
             finish(folder, log, "failed", "bad_input", "The label column is missing.")
+        if manner == "full disk":
+            sys.exit(DISK_REFUSED)
         log.emit("state", {"state": "running", "message": "Learning."})
         first = log._metric_step + 1 if log._metric_step > 0 else 1
         slow = 0.02 if manner == "works" else 0.05

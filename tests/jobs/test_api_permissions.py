@@ -72,6 +72,7 @@ ROUTES: dict[str, Route] = {
     "GET /jobs/{job_id}/events": Route("object", kit.job),
     "GET /jobs/{job_id}/series": Route("object", kit.job),
     "GET /jobs/{job_id}/events.csv": Route("object", kit.job),
+    "GET /jobs/{job_id}/events.tfevents": Route("object", kit.job),
     "GET /jobs/{job_id}/recipe.yaml": Route("object", kit.job),
     "GET /artifacts": Route("list", kit.artifact),
     "GET /artifacts/{artifact_id}": Route("object", kit.artifact),

@@ -123,6 +123,30 @@ def test_the_answer_to_a_commit_that_got_lost_does_no_harm(
     assert steps(job) == [1, 2, 3, 4, 5]
 
 
+def test_a_log_that_never_stops_growing_keeps_nobody_from_his_work(
+    make_job: MakeJob, write_log: Callable[..., EventLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The supervisor renews leases and hears requests between two looks, so a look has to end."""
+    job = make_job()
+    log = write_log(job, 5)
+    insert = ingest._insert
+    looks = 0
+
+    def and_meanwhile(*arguments: Any) -> None:
+        nonlocal looks
+        looks += 1
+        assert looks < 50, "the look goes on as long as the run writes"
+        insert(*arguments)
+        log.metric(metric_row(5 + looks))
+        log.flush()
+
+    monkeypatch.setattr(ingest, "_insert", and_meanwhile)
+    ingester = reader(job)
+    assert ingester.drain().num_events == 5
+    assert ingester.drain().num_events == 1
+    assert steps(job) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_reader_without_the_lease_is_shut_out(make_job: MakeJob, write_log: Callable[..., EventLog]) -> None:
     job = make_job()
     write_log(job, 5)

@@ -27,12 +27,14 @@ import pytest
 
 from engine.core.recipe import Recipe
 from jobs.processes import process_start
+from tests.drills import Told, drill
 from tests.engine.tiny import Tiny, lay, metric_rows
 from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 NUM_KILLS = int(os.environ.get("BONSAI_DRILL_KILLS", "30"))
+MOST_SECONDS = float(os.environ.get("BONSAI_DRILL_SECONDS", "inf"))  # of killing; what was reached then is what is told
 SEED = int(os.environ.get("BONSAI_DRILL_SEED", "20261"))
 TIMING = {"seconds", "tokens_per_second", "memory"}
 TARGETS = (
@@ -202,15 +204,37 @@ def test_thirty_kills_change_nothing(studio: Studio, tmp_path: Path, capsys: pyt
     expected_rows, expected_weights = metric_rows(reference), weights(reference)
     assert len(expected_rows) == 1500 and expected_weights
 
+    with drill(
+        "kill -9",
+        "a process of a running studio is killed at a random moment: child, consumer, web or engine service, alone and in pairs",
+        unit="kills",
+        place="tests/jobs/test_kill_drill.py",
+        setting="BONSAI_DRILL_KILLS",
+    ) as told:
+        _strike(studio, recipe, expected_rows, expected_weights, told, capsys)
+
+
+def _strike(
+    studio: Studio,
+    recipe: Recipe,
+    expected_rows: list[dict[str, Any]],
+    expected_weights: dict[str, str],
+    told: Told,
+    capsys: Any,
+) -> None:
     dice = random.Random(SEED)
     num_kills, jobs, by_target = 0, [], dict.fromkeys(("child", "consumer", "web", "engine"), 0)
     began = time.monotonic()
-    while num_kills < NUM_KILLS:
+
+    def enough() -> bool:
+        return num_kills >= NUM_KILLS or time.monotonic() - began > MOST_SECONDS
+
+    while not enough():
         job = studio.queue(recipe)
         jobs.append(job)
         while studio.job(job, "status")[0] not in ENDS:
-            assert time.monotonic() - began < 540, "the drill does not get on"
-            targets = dice.choice(TARGETS) if num_kills < NUM_KILLS else ()
+            assert time.monotonic() - began < 18 * NUM_KILLS, "the drill does not get on"
+            targets = () if enough() else dice.choice(TARGETS)
             if "child" in targets:
                 # A third death in a row without a new checkpoint rightly ends a run; that is another test.
                 try:
@@ -223,11 +247,12 @@ def test_thirty_kills_change_nothing(studio: Studio, tmp_path: Path, capsys: pyt
                     continue
                 if studio.job(job, "status")[0] not in ENDS and kill(studio, job, target):
                     num_kills += 1
+                    told.times += 1
                     by_target[target] += 1
     with capsys.disabled():
         print(f"\n{num_kills} kills {by_target} in {time.monotonic() - began:.0f} s over {len(jobs)} jobs")
 
-    assert by_target["child"] >= NUM_KILLS // 4
+    assert by_target["child"] >= num_kills // 4 > 0
     wait(studio.healthy)
     for job in jobs:
         status, reason, last_seq, attempt = studio.job(job, "status", "reason", "last_seq", "attempt")
@@ -236,13 +261,13 @@ def test_thirty_kills_change_nothing(studio: Studio, tmp_path: Path, capsys: pyt
         assert weights(studio.folder(job)) == expected_weights, "and so are the weights"
         seqs = [seq for (seq,) in studio.ask("SELECT seq FROM jobs_event WHERE job_id = ? ORDER BY seq", job)]
         assert seqs == list(range(1, last_seq + 1)), "numbers without a hole"
-        told = [
+        states = [
             json.loads(data)["to"]
             for (data,) in studio.ask(
                 "SELECT data FROM jobs_event WHERE job_id = ? AND kind = 'status' ORDER BY seq", job
             )
         ]
-        assert [to for to in told if to in ENDS] == ["succeeded"] and told[-1] == "succeeded", (
+        assert [to for to in states if to in ENDS] == ["succeeded"] and states[-1] == "succeeded", (
             "one end, and nothing after it"
         )
         launches = [

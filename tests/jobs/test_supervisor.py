@@ -199,6 +199,16 @@ def test_a_child_that_only_crashes_fails_with_a_sentence(make_job: MakeJob, chil
     assert_told_once(job)
 
 
+def test_a_disk_that_took_not_even_the_result_is_said(make_job: MakeJob, children: list[launch.Child]) -> None:
+    """It is not started again and again: that would only fill the disk once more."""
+    job = make_job(name="full disk")
+    supervisor.work(job.pk)
+    job = fresh(job)
+    assert (job.status, job.reason, job.attempt) == (Status.FAILED, "environment", 1)
+    assert "The disk took nothing more" in job.message and "Free space" in job.message and len(children) == 1
+    assert_told_once(job)
+
+
 def test_memory_that_ran_out_is_said(
     make_job: MakeJob, children: list[launch.Child], monkeypatch: pytest.MonkeyPatch
 ) -> None:
