@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from engine.core.artifact import HELDOUT
+from engine.core.control import Control
+from engine.core.events import EventLog
+from engine.ops.check import require
 from engine.ops.compare import MOST_ROWS, compare
-from engine.ops.folder import run_folder
+from engine.ops.train import run
 from tests.engine.tiny import Tiny, lay
 
 
@@ -78,13 +81,14 @@ def test_a_run_keeps_what_its_scores_are_made_of(tiny: Tiny, tmp_path: Path, tas
     lead = {"preference": [("dpo", {})], "verifiable": [("grpo", {"k": 2})]}.get(task, [])
     recipe = tiny.recipe([("lora", {"r": 2}), *lead], task=task, max_steps=2, epochs=1)
     folder = lay(tmp_path, recipe)
-    result = run_folder(folder)
-    assert result["outcome"] == "succeeded", result
+    log = EventLog(folder)
+    assert run(require(recipe), folder, log, Control(folder), nested=True).reason == "completed"
+    log.close()
     rows = json.loads((folder / "artifact" / HELDOUT).read_text())
     metrics = json.loads((folder / "artifact" / "artifact.json").read_text())["metrics"]
-    (run,) = compare([folder / "artifact"])["runs"]
-    assert len(rows) == run["num"] > 0
-    assert run["eval_loss"]["value"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
-    assert ("eval_accuracy" in run) == ("eval_accuracy" in metrics)
+    (scores,) = compare([folder / "artifact"])["runs"]
+    assert len(rows) == scores["num"] > 0
+    assert scores["eval_loss"]["value"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert ("eval_accuracy" in scores) == ("eval_accuracy" in metrics)
     if "eval_accuracy" in metrics:
-        assert run["eval_accuracy"]["value"] == pytest.approx(metrics["eval_accuracy"])
+        assert scores["eval_accuracy"]["value"] == pytest.approx(metrics["eval_accuracy"])
