@@ -101,7 +101,7 @@ bench-events: env-dev ## Ten thousand events a second for half a minute; rewrite
 	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench events
 
 # How often each drill strikes; 0 means at every single place.
-DRILLS := BONSAI_DRILL_KILLS=$(or $(KILLS),200) BONSAI_DRILL_DISK=$(or $(DISK),0) BONSAI_DRILL_DAMAGE=1000 BONSAI_DRILL_CLOCK=10 BONSAI_DRILL_LOCK=10
+DRILLS := BONSAI_DRILL_SECONDS=inf BONSAI_DRILL_KILLS=$(or $(KILLS),200) BONSAI_DRILL_DISK=$(or $(DISK),0) BONSAI_DRILL_DAMAGE=1000 BONSAI_DRILL_CLOCK=10 BONSAI_DRILL_LOCK=10
 DRILL_ROWS := $(RESULTS)/drills.jsonl
 
 drills: env-dev ## Kill, fill the disk, damage, move the clock, lock (half an hour); rewrites docs/benchmarks/drills.md
