@@ -70,10 +70,7 @@ class RandomSearch(SearchMethod):
         self.plan = shared.draws(self.knobs, self.params.trials, ctx.rng)
 
     def ask(self, trials: Sequence[Trial]) -> list[Ask]:
-        if len(trials) >= len(self.plan) or shared.is_over(trials, self.params.max_minutes):
-            return []
-        values = self.plan[len(trials)]
-        return [Ask(trial=len(trials), until=self.steps_of(values), values=values)]
+        return shared.next_of(self.plan, trials, self.steps_of, self.params.max_minutes)
 
     def winner(self, trials: Sequence[Trial]) -> int:
         return shared.best_trial(trials)

@@ -12,7 +12,7 @@ from engine.core.errors import EngineError, Fault
 from engine.core.params import dial
 from engine.core.recipe import Recipe
 from engine.core.space import Knob, parse_space
-from engine.core.work import Report, Trial
+from engine.core.work import Ask, Report, Trial
 
 LEAST_FOR_IMPORTANCE = 6  # scores of fewer trials say nothing about single settings
 MOST_COMBINATIONS = 500
@@ -98,6 +98,19 @@ def space_faults(space: str, recipe: Recipe, points: int = 1) -> list[Fault]:
 
 
 # ── how it goes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def next_of(
+    plan: Sequence[dict[str, Any]],
+    trials: Sequence[Trial],
+    steps_of: Callable[[Mapping[str, Any]], int],
+    max_minutes: float,
+) -> list[Ask]:
+    """The next trial of a plan that was made beforehand, trained to its end; nothing when the plan or the minutes are over."""
+    if len(trials) >= len(plan) or is_over(trials, max_minutes):
+        return []
+    values = plan[len(trials)]
+    return [Ask(trial=len(trials), until=steps_of(values), values=values)]
 
 
 def is_over(trials: Sequence[Trial], max_minutes: float) -> bool:
