@@ -44,6 +44,11 @@ class Feed {
     this.onState("over");
   }
 
+  /** How the line is doing; after the end there is nothing more to say about it. */
+  say(state) {
+    if (!this.stopped) this.onState(state);
+  }
+
   connect() {
     if (this.stopped || this.link) return;
     const address = new URL(this.socket, location.href);
@@ -51,7 +56,7 @@ class Feed {
     address.searchParams.set("after", this.last);
     const link = new WebSocket(address);
     this.link = link;
-    link.onopen = () => { this.tries = 0; this.rest(); this.onState("live"); };
+    link.onopen = () => { this.tries = 0; this.rest(); this.say("live"); };
     link.onmessage = (message) => { this.heard = performance.now(); this.hear(JSON.parse(message.data)); };
     link.onclose = (event) => {
       this.link = null;
@@ -75,7 +80,7 @@ class Feed {
   poll() {
     if (this.polling || this.stopped) return;
     this.polling = setInterval(() => this.ask(), POLL_MS);
-    this.onState("polling");
+    this.say("polling");
   }
 
   rest() {
@@ -116,11 +121,11 @@ class Feed {
         if (answer.resync) { await this.resync(); return; }
         const before = this.last;
         this.take(answer.events);
-        if (this.link === null) this.onState("polling");
+        if (this.link === null) this.say("polling");
         if (this.last === before || this.last >= answer.last_seq) return;
       }
     } catch {
-      this.onState("offline"); // the next look tries again
+      this.say("offline"); // the next look tries again
     }
   }
 
@@ -134,7 +139,7 @@ class Feed {
       this.last = series.last_seq;
       this.onSeries(series);
     } catch {
-      this.onState("offline");
+      this.say("offline");
     } finally {
       this.syncing = false;
     }

@@ -259,4 +259,21 @@ def test_a_run_that_ends_before_its_curves_have_come_is_shown_as_ended(
     job = studio.post(visitor, "/api/v1/jobs", short)["id"]
     page.goto(f"/runs/{job}/")
     expect(page.locator("main .status.succeeded").first).to_be_visible(timeout=LIVE_MS)
-    expect(page.locator("#connection")).to_have_attribute("data-kind", "over")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+
+
+def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(studio: Installation, visitor: BrowserContext) -> None:
+    """Where a proxy lets no socket through, the last event comes with an answer, and nothing that is said later may hide the end."""
+    page = visitor.new_page()
+    page.add_init_script(
+        "window.WebSocket = class { constructor() { setTimeout(() => this.onclose({ code: 1006 }), 20); } close() {} };"
+    )
+    short = {**RECIPE, "name": "Only asked", "settings": {**RECIPE["settings"], "max_steps": 2, "evaluations": 1}}
+    job = studio.post(visitor, "/api/v1/jobs", short)["id"]
+    page.goto(f"/runs/{job}/")
+    state = page.locator("#connection")
+    expect(state).to_have_attribute("data-kind", "slow")
+    expect(state).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    expect(page.locator("main .status.succeeded").first).to_be_visible(timeout=LIVE_MS)
+    page.wait_for_timeout(2500)
+    expect(state).to_have_attribute("data-kind", "over")
