@@ -36,7 +36,10 @@ from jobs.tensorboard import event_file
 BESIDE = ("recipe.yaml", "README.md", "certificate.json")  # what travels with every form
 CHUNK = 1 << 18
 KEEP_ZIPS_SECONDS = 7 * 24 * 3600
-METRICS = ("epoch", "samples", "tokens", "loss", "grad_norm", "learning_rate", "seconds", "tokens_per_second", "memory")
+METRICS = (
+    "epoch", "samples", "tokens", "loss", "grad_norm", "grad_norm_corrected", "noise_scale", "clipped_share", "learning_rate", "seconds",
+    "tokens_per_second", "memory",
+)  # fmt: skip
 CSV_HEAD = ("seq", "time", "kind", "step", *METRICS, "message", "data")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 

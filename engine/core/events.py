@@ -6,7 +6,9 @@ One JSON object a line in `events.jsonl`:
 kind        data
 state       {"state": "starting" | "running" | "evaluating" | "exporting" | "paused" | "stopping" | "done", "message": sentence}
 metric      {"rows": [{"step", "samples", "tokens", "epoch", "loss", "grad_norm", "learning_rate", "seconds", "tokens_per_second", "memory"}, …]}
-            one row for every optimizer step; several rows share an event when steps are quick
+            one row for every optimizer step; several rows share an event when steps are quick. Besides, as far as they are known:
+            "grad_norm_corrected" (without the noise of batches), "noise_scale" (samples at which signal and noise are equal), "clipped_share"
+            (of the steps so far), "micro_norm", and whatever the parts of the run count
 evaluation  {"eval_loss": …, "eval_accuracy": …, "samples": …, "best": bool, "learners": {"count": parameters that learn,
             "idle": share of them whose corrections have all been zero, "size": their length}, …}
 progress    {"done_steps", "total_steps", "fraction", "eta_seconds"}

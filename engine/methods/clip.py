@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -22,10 +22,24 @@ class ClipNorm(GradientRule):
 
     def __init__(self, max_norm: float) -> None:
         self.max_norm = max_norm
+        self.steps = 0
+        self.cut: float | Tensor = 0.0  # steps in which the limit acted
 
     def apply(self, trainables: Trainables, norm: Tensor) -> dict[str, Any]:
         clip_grads_with_norm_(list(trainables), self.max_norm, norm)
-        return {"clipped": (norm > self.max_norm).float()}
+        clipped = (norm > self.max_norm).float()
+        self.steps += 1
+        self.cut = self.cut + clipped
+        return {"clipped": clipped}
+
+    def numbers(self) -> Mapping[str, float]:
+        return {"clipped_share": float(self.cut) / max(1, self.steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "cut": float(self.cut)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.cut = int(state.get("steps", 0)), float(state.get("cut", 0.0))
 
 
 class Clip(TrainMethod):

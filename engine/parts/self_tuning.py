@@ -194,6 +194,7 @@ class SelfTuning(OrdinaryStep):
         tune: bool,
         random_words: bool,
     ) -> None:
+        super().__init__()
         self.ctx, self.layers, self.knobs, self.aside = ctx, layers, layers.knobs, aside
         self.train_steps, self.val_steps, self.warmup, self.entropy = train_steps, val_steps, warmup, entropy
         self.rate, self.scale_rate, self.tune_scales, self.tune, self.random_words = (
@@ -209,6 +210,10 @@ class SelfTuning(OrdinaryStep):
         self.passes = 0  # forward and backward passes so far
         self._order: list[list[int]] = []
         self._round = -1
+
+    def cuts(self, step: int) -> bool:
+        """Never: a step draws its perturbations batch by batch, so halves would draw others."""
+        return False
 
     def begin(self, run: Run) -> None:
         """Say what was set aside; refuse policies whose batches the set-aside examples cannot become."""
@@ -371,6 +376,7 @@ class SelfTuning(OrdinaryStep):
             "seen": self.seen,
             "passes": self.passes,
             **self.layers.schedule.tensors(),
+            **super().state_dict(),
         }
         for name, number in (("raw", self.knobs.raw), ("scale", self.knobs.scale)):
             state |= {
@@ -379,6 +385,7 @@ class SelfTuning(OrdinaryStep):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self.noise.set_state(state["noise"])
         self.seen, self.passes = int(state["seen"]), int(state["passes"])
         self.layers.schedule.load(state)

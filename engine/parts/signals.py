@@ -125,6 +125,43 @@ def mean_noise_corrected(steps: Sequence[Step]) -> tuple[float, float]:
     return (float(pairs[:, 0].mean()), float(pairs[:, 1].mean())) if len(pairs) else (NAN, NAN)
 
 
+class NoiseMeter:
+    """The gradient norm freed of chance and the noise scale, as a run goes on.
+
+    G2 and S of single steps scatter widely, so both are averaged on their own (exponentially, over about twenty measurements) before anything is
+    made of them (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1).
+    """
+
+    KEEP = 0.95
+
+    def __init__(self) -> None:
+        self.sums = [0.0, 0.0, 0.0]  # of G2, of S, of the weights
+        self._taken: tuple[Any, Any, float, float] | None = None
+
+    def take(self, norm: Any, micro_norm: Any, micro_size: float, batch_size: float) -> None:
+        """Norms may be tensors on a device; they are read when somebody asks for numbers."""
+        self._taken = (norm, micro_norm, batch_size, micro_size)
+
+    def numbers(self) -> dict[str, float]:
+        """{"grad_norm_corrected": sqrt(G2), "noise_scale": S / G2 in samples} as far as it is known; {} before, and where chance hides the signal."""
+        if self._taken is not None:
+            big_norm, small_norm, big, small = self._taken
+            self._taken = None
+            pair = noise_corrected(float(big_norm), float(small_norm), big, small)
+            if all(map(math.isfinite, pair)):
+                self.sums = [self.KEEP * old + new for old, new in zip(self.sums, (*pair, 1.0), strict=True)]
+        squared, noise, weight = self.sums
+        if not squared > 0:
+            return {}
+        return {"grad_norm_corrected": math.sqrt(squared / weight), "noise_scale": max(0.0, noise / squared)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"noise_sums": list(self.sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = [float(value) for value in state.get("noise_sums", self.sums)]
+
+
 def slope(samples: Sequence[float], losses: Sequence[float]) -> float:
     """Least-squares slope of the loss against log(samples): below zero, the loss falls."""
     x = np.log(np.maximum(np.asarray(samples, dtype=float), 1.0))

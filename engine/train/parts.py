@@ -431,5 +431,9 @@ class Watcher(Part):
 class UpdateRule(Part):
     """Owns the step. `run` is an engine.train.loop.Run; `micro` are the collated micro-batches of one optimizer batch, on the device."""
 
+    def cuts(self, step: int) -> bool:
+        """Whether an optimizer batch that is one micro-batch comes in two halves at this step (every second example each), to measure chance."""
+        return False
+
     def update(self, run: Any, micro: list[dict[str, Tensor]]) -> StepReport:
         raise NotImplementedError

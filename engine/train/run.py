@@ -150,7 +150,12 @@ class Run:
             self._start_epoch(self._ordered(clock.epoch))
         chosen = self._batches[clock.batch : clock.batch + self.settings.accumulate]
         clock.batch += len(chosen)
-        return self._gathered(chosen) or [self._collate(indices) for indices in chosen]
+        made = self._gathered(chosen)
+        if made:
+            return made
+        if len(chosen) == 1 and len(chosen[0]) > 1 and self.update_rule.cuts(clock.step + 1):
+            chosen = [chosen[0][::2], chosen[0][1::2]]
+        return [self._collate(indices) for indices in chosen]
 
     def _gathered(self, chosen: list[list[int]]) -> list[dict[str, Tensor]]:
         """What a data policy makes of the optimizer batch itself; empty when none does."""

@@ -17,6 +17,8 @@ from engine.core.events import EventLog
 from engine.core.slots import Slot
 from engine.ops.check import require
 from engine.ops.folder import run_folder
+from engine.parts.ordinary_step import OrdinaryStep
+from engine.parts.signals import noise_corrected
 from engine.train import checkpoint
 from engine.train.certificate import certify
 from engine.train.export import build_slots
@@ -239,6 +241,32 @@ def test_the_clip_value_does_not_change_the_logged_norm(tiny: Tiny, tmp_path: Pa
         run_folder(folder)
         norms.append(metric_rows(folder)[0]["grad_norm"])
     assert norms[0] == norms[1] > 0
+
+
+def test_a_step_that_is_cut_in_two_tells_chance_from_signal_and_is_the_same_step(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.recipe([("lora", {"r": 2}), ("clip", {"max_norm": 0.5})], max_steps=10, evaluations=1)
+    cut = lay(tmp_path / "cut", recipe)
+    assert run_folder(cut)["outcome"] == "succeeded"
+    monkeypatch.setattr(OrdinaryStep, "cuts", lambda rule, step: False)
+    whole = lay(tmp_path / "whole", recipe)
+    assert run_folder(whole)["outcome"] == "succeeded"
+    ours, plain = metric_rows(cut), metric_rows(whole)
+    for one, other in zip(ours, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert [row["step"] for row in ours if "micro_norm" in row] == [8]
+    row = ours[7]
+    assert (row["micro_size"], row["batch_size"]) == (recipe.settings.batch_size / 2, recipe.settings.batch_size)
+    assert not any("noise_scale" in row for row in (*plain, *ours[:7]))
+    squared, noise = noise_corrected(row["grad_norm"], row["micro_norm"], row["batch_size"], row["micro_size"])
+    assert ("grad_norm_corrected" in row) == (squared > 0)
+    if squared > 0:
+        assert ours[-1]["grad_norm_corrected"] == row["grad_norm_corrected"] == pytest.approx(math.sqrt(squared))
+        assert row["noise_scale"] == pytest.approx(max(0.0, noise / squared))
+    clipped = [row["clipped"] for row in ours]
+    assert [row["clipped_share"] for row in ours] == [pytest.approx(sum(clipped[: k + 1]) / (k + 1)) for k in range(10)]
 
 
 def test_result_says_what_it_was_measured_against(tiny: Tiny, tmp_path: Path) -> None:

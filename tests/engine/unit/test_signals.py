@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from engine.parts.signals import (
     Heldout,
+    NoiseMeter,
     Step,
     ema,
     forgetting,
@@ -89,6 +91,24 @@ def test_the_correction_holds_for_real_gradients() -> None:
     assert np.mean([pair[0] for pair in found]) == pytest.approx(full, rel=0.2)
     variance = float(per_sample.var(0, correction=0).sum())
     assert np.mean([pair[1] for pair in found]) == pytest.approx(variance, rel=0.05)
+
+
+def test_the_meter_follows_the_true_gradient_and_goes_on_where_it_stood() -> None:
+    found, true = draw_norms(size=200, batch=64, micro=32, draws=200, noise=2.0)
+    meter, half = NoiseMeter(), NoiseMeter()
+    for place, step in enumerate(found):
+        for one in (meter, half):
+            one.take(step.norm, step.micro_norm, step.micro_size, step.batch_size)
+            one.numbers()
+        if place == 99:
+            stood = json.loads(json.dumps(half.state_dict()))
+            half = NoiseMeter()
+            half.load_state_dict(stood)
+    told = meter.numbers()
+    assert told == half.numbers() == meter.numbers(), "asking changes nothing"
+    assert told["grad_norm_corrected"] == pytest.approx(float(np.linalg.norm(true)), rel=0.1)
+    assert told["noise_scale"] == pytest.approx(200 * 2.0**2 / float(true @ true), rel=0.5)
+    assert NoiseMeter().numbers() == {}
 
 
 def test_a_window_is_what_numpy_says() -> None:
