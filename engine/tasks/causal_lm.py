@@ -51,15 +51,16 @@ class CausalLM(LanguageTask):
         return end
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
-        writer = Writer(model, tokenizer)
-        found = []
+        parts = []
         for row in encoded.holdout_rows[:count]:
             text = row["text"]
             cut = text.rfind(" ", 0, min(_PROMPT_CHARS, max(2, len(text) // 2))) if " " in text else len(text) // 2
-            prompt, rest = text[: max(1, cut)], text[max(1, cut) :]
-            answer = writer.predict([prompt], max_new_tokens=48)[0]
-            found.append({"prompt": prompt, "output": answer["text"], "expected": rest[: 2 * _PROMPT_CHARS]})
-        return found
+            parts.append((text[: max(1, cut)], text[max(1, cut) :]))
+        answers = Writer(model, tokenizer).show([prompt for prompt, _ in parts], 48)
+        return [
+            {"prompt": prompt, "output": answer, "expected": rest[: 2 * _PROMPT_CHARS]}
+            for (prompt, rest), answer in zip(parts, answers, strict=True)
+        ]
 
 
 def _documents(rows: Sequence[Row], side: Sequence[int]) -> list[tuple[int, str]]:

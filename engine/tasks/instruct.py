@@ -81,15 +81,17 @@ class Instruct(LanguageTask):
         return encoded_of(supervised(found), train, held, rows, notes)
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
-        answerer = Answerer(model, tokenizer)
-        found = []
+        parts: list[tuple[Conversation, str, str]] = []
         for row in encoded.holdout_rows[:count]:
             said: Conversation = row["messages"]
             last = max(place for place, turn in enumerate(said) if turn["role"] == "assistant")
             asked = next((turn["content"] for turn in reversed(said[:last]) if turn["role"] != "assistant"), "")
-            answer = answerer.predict([said[:last]], max_new_tokens=64)[0]["text"]
-            found.append({"prompt": asked, "output": answer, "expected": said[last]["content"]})
-        return found
+            parts.append((said[:last], asked, said[last]["content"]))
+        answers = Answerer(model, tokenizer).show([before for before, _, _ in parts], 64)
+        return [
+            {"prompt": asked, "output": answer, "expected": expected}
+            for (_, asked, expected), answer in zip(parts, answers, strict=True)
+        ]
 
     def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
         return Answerer(model, ensure_template(tokenizer))

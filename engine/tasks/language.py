@@ -255,6 +255,21 @@ class Writer(Predictor):
             answers.append({"text": self.shown(prompt, tokens), "num_tokens": len(tokens), "ended": ended})
         return answers
 
+    def show(self, inputs: Sequence[Any], most: int) -> list[str]:
+        """The likeliest answers, all at once, of at most so many tokens each. For showing only: beside longer prompts a tie between two tokens may
+        fall otherwise than alone."""
+        prompts = [self.prompt_ids(given) for given in inputs]
+        if not prompts:
+            return []
+        limit = int(getattr(self.model.config, "max_position_embeddings", 0) or 0)  # type: ignore[union-attr, arg-type]
+        if limit:
+            most = min(most, max(1, limit - 8))
+            prompts = [prompt[-(limit - most) :] for prompt in prompts]
+        pad = self.tokenizer.pad_token_id
+        with measuring(self.model):
+            found = likeliest(self.model, prompts, most, self.ends, pad if pad is not None else 0)
+        return [self.shown(prompt, tokens) for prompt, tokens in zip(prompts, found, strict=True)]
+
     def _continue(self, prompt: list[int], most: int, temperature: float, seed: int) -> list[int]:
         device = next(self.model.parameters()).device
         limit = int(getattr(self.model.config, "max_position_embeddings", 0) or 0)  # type: ignore[union-attr, arg-type]
@@ -270,6 +285,27 @@ class Writer(Predictor):
             torch.manual_seed(seed)
             out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)  # type: ignore[operator]
         return list(out[0, len(prompt) :].tolist())
+
+
+def likeliest(model: nn.Module, prompts: list[list[int]], most: int, ends: list[int], pad: int) -> list[list[int]]:
+    """The likeliest continuation of each prompt, all at once; prompts are filled up on the left."""
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)  # type: ignore[union-attr, arg-type]
+    longest = max(len(prompt) for prompt in prompts)
+    most = min(most, limit - longest) if limit else most
+    if most < 1:
+        return [[] for _ in prompts]
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, T]
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    settings = transformers.GenerationConfig(
+        max_new_tokens=most, do_sample=False, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
+    )
+    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
+    answers = []
+    for row in out[:, longest:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:end])
+    return answers
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -189,15 +189,15 @@ class Preference(LanguageTask):
         return {"name": "the same model before training", "sentence": sentence, **first_scores}
 
     def samples(self, model: nn.Module, encoded: Encoded, tokenizer: Any, count: int) -> list[dict[str, str]]:
-        answerer = Answerer(model, tokenizer)
-        found = []
-        for row in encoded.holdout_rows[:count]:
-            if row.get("prefix"):
-                continue  # fragments say nothing by themselves
-            said = _asked(row)
-            answer = answerer.predict([said], max_new_tokens=64)[0]["text"]
-            found.append({"prompt": said[-1]["content"], "output": answer, "expected": str(row["chosen"])})
-        return found
+        rows = [
+            row for row in encoded.holdout_rows[:count] if not row.get("prefix")
+        ]  # fragments say nothing by themselves
+        asked = [_asked(row) for row in rows]
+        answers = Answerer(model, tokenizer).show(asked, 64)
+        return [
+            {"prompt": said[-1]["content"], "output": answer, "expected": str(row["chosen"])}
+            for row, said, answer in zip(rows, asked, answers, strict=True)
+        ]
 
     def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
         return Answerer(model, ensure_template(tokenizer))

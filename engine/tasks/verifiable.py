@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from engine.core.errors import bad_input
@@ -21,7 +20,7 @@ from engine.tasks.chat import CannotRender, Conversation, encode_conversations, 
 from engine.tasks.checkers import Reference, gives_away, is_right, reference_of
 from engine.tasks.examples import Ints, encoded_of
 from engine.tasks.instruct import Answerer, supervised
-from engine.tasks.language import LanguageTask
+from engine.tasks.language import LanguageTask, likeliest
 from engine.tasks.tokens import Tokens
 
 MAX_MEASURED = 256  # problems that one evaluation solves
@@ -162,7 +161,7 @@ class Verifiable(LanguageTask):
             for start in range(0, len(rows), _AT_A_TIME):
                 part = by_length[start : start + _AT_A_TIME]
                 room = [max(0, length - len(prompts[index])) for index in part]
-                said = _greedy(model, [prompts[index] for index in part], max(room), ends, tokenizer.pad_token_id)
+                said = likeliest(model, [prompts[index] for index in part], max(room), ends, tokenizer.pad_token_id)
                 for index, tokens, most in zip(part, said, room, strict=True):
                     texts[index] = self.text_of(tokens[:most], tokenizer)
         return texts
@@ -190,13 +189,10 @@ class Verifiable(LanguageTask):
         answerer = Answerer(model, tokenizer)
         rows = encoded.holdout_rows[:count]
         longest = max((len(example) for example in encoded.holdout), default=64)
+        answers = answerer.show([_asked(row) for row in rows], max(16, min(longest, 256)))
         return [
-            {
-                "prompt": str(row["question"]),
-                "output": answerer.predict([_asked(row)], max_new_tokens=max(16, min(longest, 256)))[0]["text"],
-                "expected": str(self.reference(row)),
-            }
-            for row in rows
+            {"prompt": str(row["question"]), "output": answer, "expected": str(self.reference(row))}
+            for row, answer in zip(rows, answers, strict=True)
         ]
 
     def predictor(self, model: nn.Module, tokenizer: Any, data: DataFacts) -> Predictor:
@@ -224,27 +220,6 @@ def _told(row: Row) -> Conversation:
     if solution and not is_right(solution, reference_of(answer)):
         solution = f"{solution}\n#### {answer}"
     return [{"role": "assistant", "content": solution or answer}]
-
-
-def _greedy(model: nn.Module, prompts: list[list[int]], most: int, ends: list[int], pad: int) -> list[list[int]]:
-    """The likeliest continuation of each prompt, all at once; prompts are filled up on the left."""
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)  # type: ignore[union-attr, arg-type]
-    longest = max(len(prompt) for prompt in prompts)
-    most = min(most, limit - longest) if limit else most
-    if most < 1:
-        return [[] for _ in prompts]
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)  # [B, T]
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    settings = transformers.GenerationConfig(
-        max_new_tokens=most, do_sample=False, eos_token_id=ends or None, pad_token_id=pad, use_cache=True
-    )
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)  # type: ignore[operator]
-    answers = []
-    for row in out[:, longest:].tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:end])
-    return answers
 
 
 TASK = Verifiable()

@@ -110,6 +110,7 @@ class Tiny:
             "learning_rate": 1e-2,
             "evaluations": 2,
             "precision": "fp32",
+            "live_samples": 0,
             **settings,
         }
         inside = [("full-finetuning", {})] if method.training == "required" else []
@@ -128,7 +129,7 @@ class Tiny:
     ) -> Recipe:
         """A recipe of a few quick steps, with every open setting filled."""
         plan = {"epochs": 2, "max_steps": 8, "batch_size": 4, "max_length": 48, "learning_rate": 1e-2, "evaluations": 2,
-                "checkpoint_every": 3, "precision": "fp32", **settings}  # fmt: skip
+                "checkpoint_every": 3, "precision": "fp32", "live_samples": 0, **settings}  # fmt: skip
         refs = [{"slug": slug, "params": dict(params)} for slug, params in methods]
         return require(parse_recipe({**self.inputs(task), "methods": refs, "settings": plan})).recipe
 

@@ -19,6 +19,7 @@ from engine.tasks import task
 from engine.tasks.base import Example
 from engine.tasks.batching import IGNORED, plain_batch
 from engine.tasks.chat import PLAIN_TEMPLATE
+from engine.tasks.language import Writer
 from tests.engine.unit.tiny_models import tiny_llama
 
 WRITE, ANSWER = task("causal_lm"), task("instruct")
@@ -184,6 +185,17 @@ def test_generation_follows_its_seed_and_draws_from_no_global_generator(model: A
             writer.predict(["x"], **wrong)
     with pytest.raises(EngineError, match="no text to continue"):
         writer.predict([" "])
+
+
+def test_answers_shown_together_are_those_given_alone(model: Any, tokenizer: Any) -> None:
+    writer = WRITE.predictor(model, tokenizer, FACTS)
+    assert isinstance(writer, Writer)
+    asked = ["The fox", "Once upon a time a fox lived near the river and", "a", "word " * 500]
+    state = torch.get_rng_state()
+    together = writer.show(asked, 12)
+    assert torch.equal(state, torch.get_rng_state())
+    assert together == [answer["text"] for answer in writer.predict(asked, max_new_tokens=12)]
+    assert len(set(together)) > 1 and writer.show([], 12) == []
 
 
 def test_the_export_carries_the_chat_format_that_was_trained(facts: ModelFacts, model: Any, tmp_path: Path) -> None:
