@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 from engine.core.events import LOG_NAME
 
-FIELDS = ("step", "samples", "seconds", "loss", "grad_norm", "learning_rate")
+FIELDS = ("step", "samples", "seconds", "loss", "grad_norm", "learning_rate", "grad_norm_corrected")
 LAYOUT = (*FIELDS, sys.byteorder)
 ROW_BYTES = 8 * len(FIELDS)
 PIECE_BYTES = 4 << 20  # of the log, read at once

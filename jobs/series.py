@@ -18,7 +18,8 @@ from jobs.curves import PIECE_ROWS, Curves
 from jobs.models import Job
 from jobs.places import job_folder
 
-CURVES = ("loss", "grad_norm", "learning_rate")
+CURVES = ("loss", "grad_norm", "learning_rate", "grad_norm_corrected")
+SOMETIMES = ("grad_norm_corrected",)  # not every run can measure it
 AXES = ("step", "samples", "seconds")
 MANY = 20_000  # so many values at once are worth loading numpy
 Axis = Literal["step", "samples", "seconds"]
@@ -149,7 +150,12 @@ def _step_curves(rows: Curves, points: int, shown: tuple[int, int], names: Seque
             for axis in AXES:
                 curve[axis] += [part[axis][place] for place in kept]
         bucket = stop
-    return {name: _spoken(curve) for name, curve in chosen.items() if curve["value"]}
+    told = {name: curve for name, curve in chosen.items() if curve["value"]}
+    return {
+        name: _spoken(curve)
+        for name, curve in told.items()
+        if name not in SOMETIMES or any(map(math.isfinite, curve["value"]))
+    }
 
 
 def _spoken(curve: Mapping[str, Sequence[float]]) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ function push(target, step, samples, seconds, value) {
   target.value.push(value);
 }
 
-/** Every point of a run: loss, gradient norm, learning rate, held-out and general loss over steps, examples and seconds; and what the watchers said. */
+/** Every point of a run: loss, gradient norm with and without chance, learning rate, held-out and general loss over steps, examples and seconds; and what the watchers said. */
 export class Curves {
   constructor() {
     this.clear();
@@ -25,6 +25,7 @@ export class Curves {
     this.loss = column();
     this.norm = column();
     this.rate = column();
+    this.pull = column(); // the gradient norm without what is chance
     this.held = column();
     this.general = column(); // on general text, which the run was not taught: what it forgets
     this.signals = [];
@@ -43,6 +44,7 @@ export class Curves {
     if (curves.loss) this.loss = copy(curves.loss);
     if (curves.grad_norm) this.norm = copy(curves.grad_norm);
     if (curves.learning_rate) this.rate = copy(curves.learning_rate);
+    if (curves.grad_norm_corrected) this.pull = copy(curves.grad_norm_corrected);
     if (curves.eval_loss) this.held = copy(curves.eval_loss);
     if (curves.general_loss) this.general = copy(curves.general_loss);
     for (const signal of series.signals) this.addSignal(signal.step, signal);
@@ -65,6 +67,7 @@ export class Curves {
       push(this.loss, row.step, row.samples, row.seconds, row.loss);
       push(this.norm, row.step, row.samples, row.seconds, row.grad_norm);
       push(this.rate, row.step, row.samples, row.seconds, row.learning_rate ?? null);
+      push(this.pull, row.step, row.samples, row.seconds, row.grad_norm_corrected ?? null);
     }
     return true;
   }
@@ -234,9 +237,9 @@ export class RunChart {
   showDetail({ axis, start, end }, series) {
     const now = this.stretch();
     if (!this.zoomed || axis !== this.axis || now.start !== start || now.end !== end) return;
-    const { loss, grad_norm: norm, learning_rate: rate } = series.curves;
+    const { loss, grad_norm: norm, learning_rate: rate, grad_norm_corrected: pull } = series.curves;
     if (!loss) return;
-    this.detail = { loss, norm: norm ?? column(), rate: rate ?? column() };
+    this.detail = { loss, norm: norm ?? column(), rate: rate ?? column(), pull: pull ?? column() };
     this.request(true);
   }
 
@@ -367,7 +370,7 @@ export class RunChart {
 
   /** The lines of the lower chart. */
   lower(raw, pink) {
-    const { norm, rate, held, general } = this.shown();
+    const { norm, rate, pull, held, general } = this.shown();
     if (this.below === "rate") return [this.line(rate, rate.value, { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" })];
     if (this.below === "kept") {
       const marked = (colour, dash) => ({ mode: "lines+markers", yaxis: "y2", line: { color: colour, width: 2, dash }, marker: { color: colour, size: 6 } });
@@ -378,14 +381,19 @@ export class RunChart {
     }
     const lines = [this.line(norm, norm.value, { ...raw, yaxis: "y2" })];
     if (this.smoothing > 0) lines.push(this.line(norm, smoothed(norm.value, this.smoothing), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
+    if (this.knowsPull()) lines.push(this.line(pull, pull.value, { line: { color: bonsai.colour("chart-3"), width: 1.75 }, yaxis: "y2" }));
     return lines;
   }
 
   /** What the lower chart is called. */
   title() {
     if (this.below === "rate") return "Learning rate";
-    if (this.below !== "kept") return "Gradient norm";
+    if (this.below !== "kept") return this.knowsPull() ? `Gradient norm · <span style="color:${bonsai.colour("chart-3")}">without chance</span>` : "Gradient norm";
     return this.curves.general.value.length ? "Learned (dashed), forgotten (solid)" : "Learned since the start (dashed)";
+  }
+
+  knowsPull() {
+    return this.curves.pull.value.some((value) => value !== null);
   }
 
   /** A vertical axis of the lower chart: from zero, except where changes may be negative. */

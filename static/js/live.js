@@ -5,7 +5,7 @@ const POLL_MS = 2000;
 const REFRESH_MS = 1200;
 const SILENCE_MS = 10000;
 const LAST_WORDS = ["succeeded", "failed", "cancelled"];
-const DRAWN = "curves=loss,grad_norm,learning_rate,eval_loss,general_loss";
+const DRAWN = "curves=loss,grad_norm,learning_rate,grad_norm_corrected,eval_loss,general_loss";
 const STRETCH_POINTS = 1200; // more than a chart has pixels
 const CLOSED_FOR_GOOD = [4403, 4404];
 
