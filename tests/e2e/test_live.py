@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import pytest
 from playwright.sync_api import BrowserContext, ConsoleMessage, Page, WebSocketRoute, expect
 
 from tests.e2e.conftest import NewVisitor
 from tests.e2e.installation import Installation
+from tests.e2e.watching import POINTS, RECIPE, SERIES, all_events, expected, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-RECIPE: dict[str, Any] = {
-    "name": "Watched run",
-    "operation": "train",
-    "task": "classify",
-    "data": {"source": "starter:customer-messages"},
-    "model": {"source": "starter:minilm-l6"},
-    "methods": [{"slug": "paca"}, {"slug": "clip"}, {"slug": "early-dynamics-stopping"}],
-    "settings": {"max_steps": 60, "evaluations": 4, "max_length": 24, "batch_size": 8},
-}
-POINTS = "() => document.getElementById('run').curves.length"
 COLOUR = "() => document.querySelector('#plot').data[0].line.color"
-SERIES = """() => {
-  const { loss, norm, held } = document.getElementById('run').curves;
-  return { step: loss.step, loss: loss.value, norm: norm.value, samples: loss.samples, held: held.value, held_step: held.step };
-}"""
 LIVE_MS, LONG_MS = 60_000, 240_000
 
 
@@ -62,43 +46,12 @@ class Sockets:
             self.open.pop().close(code=1012)
 
 
-def until(page: Page, points: int, seconds: float = 90.0) -> None:
-    """Wait until the page holds so many points. (Playwright's own waiting evaluates a text, which the page forbids.)"""
-    end = time.monotonic() + seconds
-    while page.evaluate(POINTS) < points:
-        assert time.monotonic() < end, f"{page.evaluate(POINTS)} points after {seconds:g} seconds, not {points}."
-        page.wait_for_timeout(200)
-
-
 def recoloured(page: Page, colour: str) -> bool:
     for _ in range(20):
         if page.evaluate(COLOUR) != colour:
             return True
         page.wait_for_timeout(200)
     return False
-
-
-def all_events(studio: Installation, context: BrowserContext, job: str) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    while True:
-        after = events[-1]["seq"] if events else 0
-        answer = studio.get(context, f"/api/v1/jobs/{job}/events?after={after}&limit=5000")
-        if not answer["events"]:
-            return events
-        events += answer["events"]
-
-
-def expected(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    rows = [row for event in events if event["kind"] == "metric" for row in event["data"]["rows"]]
-    measured = [event for event in events if event["kind"] == "evaluation"]
-    return {
-        "step": [row["step"] for row in rows],
-        "samples": [row["samples"] for row in rows],
-        "loss": [pytest.approx(row["loss"], rel=1e-5) for row in rows],
-        "norm": [pytest.approx(row["grad_norm"], rel=1e-5) for row in rows],
-        "held": [pytest.approx(event["data"]["eval_loss"], rel=1e-5) for event in measured],
-        "held_step": [event["step"] for event in measured],
-    }
 
 
 def test_a_run_is_watched_through_broken_lines(studio: Installation, visitor: BrowserContext) -> None:
@@ -262,7 +215,9 @@ def test_a_run_that_ends_before_its_curves_have_come_is_shown_as_ended(
     expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
 
 
-def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(studio: Installation, visitor: BrowserContext) -> None:
+def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(
+    studio: Installation, visitor: BrowserContext
+) -> None:
     """Where a proxy lets no socket through, the last event comes with an answer, and nothing that is said later may hide the end."""
     page = visitor.new_page()
     page.add_init_script(
