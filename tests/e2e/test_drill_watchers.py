@@ -24,23 +24,19 @@ from tests.drills import Told, drill, often
 from tests.e2e.conftest import NewVisitor
 from tests.e2e.installation import Installation
 from tests.e2e.lines import Lines
-from tests.e2e.watching import RECIPE, SERIES, all_events, expected
+from tests.e2e.watching import SERIES, SHORT, all_events, expected
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 NUM_RUNS = often("BONSAI_DRILL_WATCHERS", 4)
+MOST_SECONDS = float(
+    os.environ.get("BONSAI_DRILL_SECONDS", "150")
+)  # after them no run begins; what was reached is what is told
 SEED = int(os.environ.get("BONSAI_DRILL_SEED", "20265"))
 TABS = 3
 WORDS = {"succeeded": "Finished", "failed": "Failed", "cancelled": "Cancelled"}  # what the page says of an end
 STRIKES = {"socket cut": 8, "socket silent": 1, "tab closed": 5, "network gone": 4}  # how often each, beside the others
 KILLS = {"web": 3, "consumer": 2}
-STRIKE_SECONDS, KILL_SECONDS = (0.0, 1.5), (4.0, 20.0)  # from one to the next
-# Cheap runs: what is watched is the same for all.
-RUN = {
-    **RECIPE,
-    "model": {"source": "starter:bonsai-stories"},
-    "methods": [{"slug": "full-finetuning"}, {"slug": "clip"}],
-}
-PLAN = {"max_length": 16, "batch_size": 4}
+STRIKE_SECONDS, KILL_SECONDS = (0.0, 1.5), (6.0, 24.0)  # from one to the next
 PATIENCE = 90.0  # seconds from the end of a run until its page has to say so; the studio may be starting meanwhile
 PAGE_MS = 15_000
 # Everything that the line beside the curve has said since the page was opened.
@@ -93,11 +89,12 @@ class Drill:
         self.dice = random.Random(SEED)
         self.struck: Counter[str] = Counter()
         self.begun = 0
+        self.began = time.monotonic()
         self.next_strike, self.next_kill = 0.0, time.monotonic() + KILL_SECONDS[0]
 
     def run(self) -> None:
         """Until every run is over and was seen to its end."""
-        while self.told.times < NUM_RUNS:
+        while self._goes_on() or any(seat.job for seat in self.seats):
             for seat in self.seats:
                 self._sit(seat)
                 self._open(seat)
@@ -105,13 +102,16 @@ class Drill:
             self._strike()
             time.sleep(0.05)
 
+    def _goes_on(self) -> bool:
+        return self.begun < NUM_RUNS and time.monotonic() - self.began < MOST_SECONDS
+
     def _sit(self, seat: Seat) -> None:
-        if seat.job or self.begun == NUM_RUNS:
+        if seat.job or not self._goes_on():
             return
         steps = self.dice.randint(2, 30)
-        plan = {**PLAN, "max_steps": steps, "evaluations": self.dice.randint(1, 3), "seed": self.begun}
-        body = {**RUN, "name": f"Run {self.begun + 1}", "settings": plan}
-        seat.enough = self.dice.choice([self.dice.randint(0, steps), math.inf])
+        plan = {**SHORT["settings"], "max_steps": steps, "evaluations": self.dice.randint(1, 3), "seed": self.begun}
+        body = {**SHORT, "name": f"Run {self.begun + 1}", "settings": plan}
+        seat.enough = self.dice.choice([self.dice.randint(0, steps), self.dice.randint(0, steps), math.inf])
         patiently(lambda: self.studio.get(seat.visitor, "/api/v1/health"))
         seat.job = patiently(lambda: self.studio.post(seat.visitor, "/api/v1/jobs", body))["id"]
         seat.back, seat.ended, seat.compared = 0.0, 0.0, False
@@ -240,6 +240,7 @@ def test_whatever_falls_a_page_ends_with_the_series_that_is_stored(
     ) as told:
         began = time.monotonic()
         Drill(place, seats, lines, told).run()
+    assert told.times >= min(NUM_RUNS, len(seats))
     with capsys.disabled():
         print(f"\n{told.times} runs in {time.monotonic() - began:.0f} s: {told.note}")
     patiently(lambda: place.get(seats[0].visitor, "/api/v1/health"))

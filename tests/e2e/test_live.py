@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, WebSocketRoute, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Route, WebSocketRoute, expect
 
 from tests.e2e.conftest import NewVisitor
 from tests.e2e.installation import Installation
-from tests.e2e.watching import POINTS, RECIPE, SERIES, all_events, expected, until
+from tests.e2e.watching import POINTS, RECIPE, SERIES, SHORT, all_events, expected, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 COLOUR = "() => document.querySelector('#plot').data[0].line.color"
+NO_SOCKETS = (
+    "window.WebSocket = class { constructor() { setTimeout(() => this.onclose({ code: 1006 }), 20); } close() {} };"
+)
 LIVE_MS, LONG_MS = 60_000, 240_000
 
 
@@ -220,9 +226,7 @@ def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(
 ) -> None:
     """Where a proxy lets no socket through, the last event comes with an answer, and nothing that is said later may hide the end."""
     page = visitor.new_page()
-    page.add_init_script(
-        "window.WebSocket = class { constructor() { setTimeout(() => this.onclose({ code: 1006 }), 20); } close() {} };"
-    )
+    page.add_init_script(NO_SOCKETS)
     short = {**RECIPE, "name": "Only asked", "settings": {**RECIPE["settings"], "max_steps": 2, "evaluations": 1}}
     job = studio.post(visitor, "/api/v1/jobs", short)["id"]
     page.goto(f"/runs/{job}/")
@@ -232,3 +236,72 @@ def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(
     expect(page.locator("main .status.succeeded").first).to_be_visible(timeout=LIVE_MS)
     page.wait_for_timeout(2500)
     expect(state).to_have_attribute("data-kind", "over")
+
+
+def ended(studio: Installation, visitor: BrowserContext, job: str) -> dict[str, list[Any]]:
+    """Wait until a run is over; what a page of it should hold."""
+    end = time.monotonic() + LONG_MS / 1000
+    while studio.get(visitor, f"/api/v1/jobs/{job}")["status"] != "succeeded":
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return expected(all_events(studio, visitor, job))
+
+
+def test_a_run_is_not_over_for_the_page_before_its_last_events_have_come(
+    studio: Installation, visitor: BrowserContext
+) -> None:
+    """A sentence tells of the end while the studio cannot be asked for the points that came before it."""
+    page = visitor.new_page()
+    page.add_init_script(NO_SOCKETS)
+    waiting: list[Route] = []
+    job = studio.post(visitor, "/api/v1/jobs", SHORT)["id"]
+    page.goto(f"/runs/{job}/")
+    page.route("**/parts/", lambda route: waiting.append(route))
+    until(page, 1)
+    page.route("**/events?*", lambda route: route.abort())
+    wanted = ended(studio, visitor, job)
+    page.unroute("**/parts/")
+    for route in waiting:
+        route.continue_()
+    expect(page.locator(".run-status .status")).to_contain_text("Finished", timeout=LIVE_MS)
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "off")
+    page.unroute("**/events?*")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    assert page.evaluate(SERIES) == wanted
+
+    # The page is loaded again, and the studio goes away before it has asked for the curves.
+    page.route("**/series?*", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "off")
+    page.unroute("**/series?*")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    assert page.evaluate(SERIES) == wanted
+
+
+def test_the_last_sentence_is_asked_for_until_it_comes(studio: Installation, visitor: BrowserContext) -> None:
+    page = visitor.new_page()
+    job = studio.post(visitor, "/api/v1/jobs", SHORT)["id"]
+    page.goto(f"/runs/{job}/")
+    page.route("**/parts/", lambda route: route.abort())
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    page.wait_for_timeout(2500)
+    assert page.locator(".run-status .status").text_content() != "Finished"
+    page.unroute("**/parts/")
+    expect(page.locator(".run-status .status")).to_contain_text("Finished", timeout=LIVE_MS)
+    assert page.evaluate(SERIES) == ended(studio, visitor, job)
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(studio: Installation, visitor: BrowserContext) -> None:
+    """A network may swallow a question. Here the page's patience is a tenth of what it is."""
+    page = visitor.new_page()
+    page.add_init_script(
+        "const long = AbortSignal.timeout; AbortSignal.timeout = (ms) => long.call(AbortSignal, ms / 10);"
+    )
+    swallowed: list[Route] = []
+    page.route("**/series?*", lambda route: swallowed.append(route), times=1)
+    page.route("**/parts/", lambda route: swallowed.append(route), times=1)
+    job = studio.post(visitor, "/api/v1/jobs", SHORT)["id"]
+    page.goto(f"/runs/{job}/")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    expect(page.locator(".run-status .status")).to_contain_text("Finished", timeout=LIVE_MS)
+    assert len(swallowed) == 2 and page.evaluate(SERIES) == ended(studio, visitor, job)

@@ -19,6 +19,14 @@ RECIPE: dict[str, Any] = {
     "methods": [{"slug": "paca"}, {"slug": "clip"}, {"slug": "early-dynamics-stopping"}],
     "settings": {"max_steps": 60, "evaluations": 4, "max_length": 24, "batch_size": 8},
 }
+# As cheap as a real run can be, where what it learns does not matter.
+SHORT: dict[str, Any] = {
+    **RECIPE,
+    "name": "Short run",
+    "model": {"source": "starter:bonsai-stories"},
+    "methods": [{"slug": "full-finetuning"}, {"slug": "clip"}],
+    "settings": {"max_steps": 3, "evaluations": 1, "max_length": 16, "batch_size": 4},
+}
 POINTS = "() => document.getElementById('run').curves.length"
 SERIES = """() => {
   const { loss, norm, held } = document.getElementById('run').curves;
