@@ -101,13 +101,15 @@ bench-events: env-dev ## Ten thousand events a second for half a minute; rewrite
 	@OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 $(PY) manage.py bench events
 
 # How often each drill strikes; 0 means at every single place.
-DRILLS := BONSAI_DRILL_SECONDS=inf BONSAI_DRILL_KILLS=$(or $(KILLS),200) BONSAI_DRILL_DISK=$(or $(DISK),0) BONSAI_DRILL_DAMAGE=1000 BONSAI_DRILL_CLOCK=10 BONSAI_DRILL_LOCK=10
+DRILLS := BONSAI_DRILL_SECONDS=inf BONSAI_DRILL_KILLS=$(or $(KILLS),200) BONSAI_DRILL_DISK=$(or $(DISK),0) BONSAI_DRILL_DAMAGE=1000 BONSAI_DRILL_CLOCK=10 BONSAI_DRILL_LOCK=10 \
+	BONSAI_DRILL_WATCHERS=100
 DRILL_ROWS := $(RESULTS)/drills.jsonl
 
-drills: env-dev ## Kill, fill the disk, damage, move the clock, lock (half an hour); rewrites docs/benchmarks/drills.md
+drills: env-dev ## Kill, fill the disk, damage, move the clock, lock, watch (an hour); rewrites docs/benchmarks/drills.md
 	@mkdir -p $(RESULTS) $(TEST_HOME) && rm -f $(DRILL_ROWS); failed=0; \
 	$(DRILLS) BONSAI_DRILL_ROWS=$(CURDIR)/$(DRILL_ROWS) $(PYTEST) -q tests/engine/unit/test_drill_disk.py tests/engine/unit/test_drill_damage.py \
 		tests/jobs/test_drill_clock.py tests/jobs/test_drill_locked.py tests/jobs/test_kill_drill.py $(ARGS) || failed=1; \
+	$(DRILLS) BONSAI_DRILL_ROWS=$(CURDIR)/$(DRILL_ROWS) $(PYTEST) -q tests/e2e/test_drill_watchers.py $(ARGS) || failed=1; \
 	BONSAI_DRILL_ROWS=$(DRILL_ROWS) $(PY) -m tests.drills || failed=1; exit $$failed
 
 format: env-dev ## Sort imports and format the code

@@ -40,6 +40,36 @@ def apart(module: str, *arguments: str, database: str = "") -> Iterator[subproce
                 process.wait(60)
 
 
+class Helper:
+    """A process that answers each JSON line with one."""
+
+    def __init__(self, module: str, *words: str, environment: dict[str, str]) -> None:
+        command = [sys.executable, "-m", module, *words]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def hear(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(map(str, self.process.args[2:]))} has ended; its error stands above.")  # type: ignore[index]
+        return json.loads(line)
+
+    def ask(self, **command: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
 def answer(process: subprocess.Popen[str]) -> Any:
     """The next line that the process writes, as JSON."""
     assert process.stdout is not None

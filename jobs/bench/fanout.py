@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import json
 import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,52 +20,19 @@ import requests
 from engine.bench.measure import ROOT, ratio_interval
 from engine.bench.pages import Goal, Section, Study
 from jobs import parts
-from jobs.bench.installation import STARTER_JOB, Installation, free_port
+from jobs.bench.apart import Helper
+from jobs.bench.installation import free_port
+from jobs.bench.watched import Turn, WatchedRun, row
 
 NUM_VIEWERS, NUM_SLOW, ROUNDS = 1000, 500, 5
 APPLICATION = "jobs.bench.fanout_server:application"
 GROUP_FRAMES, PUMP_FRAMES = 3, 20  # to each viewer in a burst: both ways get about as much time
-TRAINING = {
-    "name": "watched",
-    **STARTER_JOB,
-    "settings": {**STARTER_JOB["settings"], "epochs": 1000, "max_steps": 20000, "seed": 0},
-}
 WATCH_SECONDS = 3.0
 
 WIDE = (
     "the medians show no slowdown; the interval of a few turns of three seconds is wider than the one percent that is asked "
     "for"
 )
-
-
-class Helper:
-    """A process that answers each JSON line with one."""
-
-    def __init__(self, module: str, *words: str, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", module, *words]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def hear(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{' '.join(map(str, self.process.args[2:]))} has ended; its error stands above.")  # type: ignore[index]
-        return json.loads(line)
-
-    def ask(self, **command: Any) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return self.hear()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
 
 
 class Stage:
@@ -253,54 +217,20 @@ def messages() -> Section:
 
 def training() -> Section:
     """Steps of a real run with nobody and with a thousand viewers, in turns."""
-    walls: dict[int, list[float]] = {0: [], NUM_VIEWERS: []}
-    work: dict[int, list[float]] = {0: [], NUM_VIEWERS: []}
-    with Installation(OMP_NUM_THREADS="1") as studio:
-        crowd = Helper("jobs.bench.crowd", environment=dict(os.environ))
-        try:
-            job = studio.start_job(TRAINING)
-            child = _trainer(studio, job)
-            _keep_apart(child, [studio.process.pid, crowd.process.pid])
-            cookie = "; ".join(f"{item.name}={item.value}" for item in studio.session.cookies)
-            for _ in range(ROUNDS):
-                for num in (0, NUM_VIEWERS):
-                    if num:
-                        crowd.ask(
-                            do="open",
-                            group="viewers",
-                            url=f"ws://{studio.address[7:]}/ws/jobs/{job}/?after=0",
-                            cookies=[cookie],
-                            num=num,
-                        )
-                        crowd.ask(do="take")
-                    began, spent = time.time(), _on_processor(child)
-                    time.sleep(WATCH_SECONDS)
-                    ended, spent = time.time(), _on_processor(child) - spent
-                    if num:
-                        heard = crowd.ask(do="take")
-                        if heard["num_frames"] < num:
-                            raise RuntimeError(
-                                f"{num} viewers heard {heard['num_frames']} frames of a run in {WATCH_SECONDS} seconds."
-                            )
-                        crowd.ask(do="close", group="viewers")
-                    time.sleep(0.5)
-                    steps = [at for at in _step_times(studio, job) if began <= at <= ended]
-                    walls[num].append(statistics.median(b - a for a, b in itertools.pairwise(steps)))
-                    work[num].append(spent / len(steps))
-        finally:
-            crowd.stop()
-    wall = ratio_interval(walls[NUM_VIEWERS], walls[0])
-    processor = ratio_interval(work[NUM_VIEWERS], work[0])
-    rows: list[tuple[str, ...]] = [
-        (f"{num:,}", f"{statistics.median(walls[num]) * 1e3:.2f} ms", f"{statistics.median(work[num]) * 1e3:.2f} ms")
-        for num in walls
-    ]
+    turns: dict[int, list[Turn]] = {0: [], NUM_VIEWERS: []}
+    with WatchedRun() as watched:
+        for _ in range(ROUNDS):
+            for num, found in turns.items():
+                found.append(watched.turn(num, WATCH_SECONDS))
+    wall = ratio_interval([turn.wall for turn in turns[NUM_VIEWERS]], [turn.wall for turn in turns[0]])
+    processor = ratio_interval([turn.processor for turn in turns[NUM_VIEWERS]], [turn.processor for turn in turns[0]])
     return Section(
         title="What the training notices",
         intro="One run (MiniLM-L6, PaCA, one thread) in a studio started by `manage.py up`; nobody and a thousand viewers watch it in turns, "
-        f"{WATCH_SECONDS:g} seconds each, {ROUNDS} times. The training has a core of its own; web process and crowd have the others.",
+        f"{WATCH_SECONDS:g} seconds each, {ROUNDS} times. The training has a core of its own; web process and crowd have the others. "
+        "[Ten viewers](watched.md) are measured more closely.",
         columns=("viewers", "a step", "processor time of a step"),
-        rows=rows,
+        rows=[row(num, found) for num, found in turns.items()],
         goals=[
             Goal(number="P6", goal=f"Training step with {NUM_VIEWERS:,} viewers, processor time", value=processor[0], interval=processor[1:], target=1.01,
                  baseline="the same run without viewers, in turns", reason=WIDE),
@@ -308,57 +238,6 @@ def training() -> Section:
                  baseline="the same run without viewers, in turns", reason=WIDE),
         ],
     )  # fmt: skip
-
-
-def _trainer(studio: Installation, job: str) -> psutil.Process:
-    """The process that writes the log of the job, once it has taken some steps."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        if len(_step_times(studio, job)) >= 20:
-            for process in psutil.Process(studio.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if any(
-                        file.path.endswith("events.jsonl") and file.mode.startswith("a")
-                        for file in process.open_files()
-                    ):
-                        return process
-        time.sleep(0.2)
-    raise RuntimeError(f"The run took no steps: {studio.get(f'jobs/{job}')}")
-
-
-def _keep_apart(trainer: psutil.Process, others: Sequence[int]) -> None:
-    """Give the training one core and all others the rest, where there are several."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        return
-    for pid in others:
-        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-            for thread in process.threads():
-                os.sched_setaffinity(thread.id, cores[1:])
-    for thread in trainer.threads():
-        os.sched_setaffinity(thread.id, cores[:1])
-
-
-def _on_processor(process: psutil.Process) -> float:
-    """Seconds that all threads of a process have run, to the nanosecond (Documentation/scheduler/sched-stats)."""
-    tasks = Path(f"/proc/{process.pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
-
-
-def _step_times(studio: Installation, job: str) -> list[float]:
-    """When each of the last steps ended: an event is written with its last row, and rows carry their seconds."""
-    return list(_ends(studio.get(f"jobs/{job}/events?after={max(0, _last(studio, job) - 60)}&limit=1000")["events"]))
-
-
-def _last(studio: Installation, job: str) -> int:
-    return int(studio.get(f"jobs/{job}/events?after=0&limit=1")["last_seq"])
-
-
-def _ends(events: Sequence[dict[str, Any]]) -> Iterator[float]:
-    for event in events:
-        if event["kind"] == "metric":
-            rows = event["data"]["rows"]
-            yield from (event["time"] - rows[-1]["seconds"] + row["seconds"] for row in rows)
 
 
 def run() -> list[Section]:

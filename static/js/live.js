@@ -4,10 +4,13 @@ import { Curves, MOST_KEPT, RunChart, spoken } from "./charts.js";
 const POLL_MS = 2000;
 const REFRESH_MS = 1200;
 const SILENCE_MS = 10000;
+const PATIENCE_MS = 20000; // a line that fell silent would never answer
 const LAST_WORDS = ["succeeded", "failed", "cancelled"];
 const DRAWN = "curves=loss,grad_norm,learning_rate,grad_norm_corrected,eval_loss,general_loss";
 const STRETCH_POINTS = 1200; // more than a chart has pixels
 const CLOSED_FOR_GOOD = [4403, 4404];
+
+const request = (address, kind) => fetch(address, { headers: { Accept: kind }, signal: AbortSignal.timeout(PATIENCE_MS) });
 
 /** Numbered events without a hole. Goes on from the last number it saw, whatever happens to the connection. */
 class Feed {
@@ -20,6 +23,7 @@ class Feed {
     this.asking = null;
     this.syncing = false;
     this.stopped = false;
+    this.finishing = null;
     this.heard = 0;
     addEventListener("online", () => this.retry());
     document.addEventListener("visibilitychange", () => { if (document.visibilityState === "visible") this.retry(); });
@@ -36,12 +40,28 @@ class Feed {
   }
 
   stop() {
+    if (this.stopped) return;
     this.stopped = true;
     clearInterval(this.polling);
     clearInterval(this.watch);
     clearTimeout(this.timer);
     this.link?.close();
     this.onState("over");
+  }
+
+  /** The run is over: hear the rest of it, however often that fails, and stop. */
+  finish() {
+    this.finishing ??= this.insist(async () => {
+      await this.asking; // began before the end was known
+      return this.ask();
+    });
+    return this.finishing;
+  }
+
+  /** Try until it is done, or nobody listens any more; then there is nothing left to hear. */
+  async insist(task) {
+    while (!this.stopped && !await task()) await new Promise((go) => { setTimeout(go, POLL_MS); });
+    this.stop();
   }
 
   /** How the line is doing; after the end there is nothing more to say about it. */
@@ -106,7 +126,7 @@ class Feed {
     if (row >= 0) this.ask();
   }
 
-  /** Ask for everything after the last number, once at a time. */
+  /** Ask for everything after the last number, once at a time. Answers whether everything has come. */
   ask() {
     if (this.syncing) return null;
     this.asking ??= this.askOn().finally(() => { this.asking = null; });
@@ -117,29 +137,33 @@ class Feed {
     try {
       for (;;) {
         const answer = await this.get(`${this.events}?after=${this.last}&limit=1000`);
-        if (!answer) return;
-        if (answer.resync) { await this.resync(); return; }
+        if (!answer) return false;
+        if (answer.resync) return await this.resync();
         const before = this.last;
         this.take(answer.events);
         if (this.link === null) this.say("polling");
-        if (this.last === before || this.last >= answer.last_seq) return;
+        if (this.last >= answer.last_seq) return true;
+        if (this.last === before) return false;
       }
     } catch {
       this.say("offline"); // the next look tries again
+      return false;
     }
   }
 
-  /** Read the thinned-out curves anew and go on from where they end. */
+  /** Read the thinned-out curves anew and go on from where they end. Answers whether they have come. */
   async resync() {
-    if (this.syncing) return;
+    if (this.syncing) return false;
     this.syncing = true;
     try {
       const series = await this.get(`${this.series}?${DRAWN}`);
-      if (!series) return;
+      if (!series) return false;
       this.last = series.last_seq;
       this.onSeries(series);
+      return true;
     } catch {
       this.say("offline");
+      return false;
     } finally {
       this.syncing = false;
     }
@@ -155,7 +179,7 @@ class Feed {
   }
 
   async get(address) {
-    const response = await fetch(address, { headers: { Accept: "application/json" } });
+    const response = await request(address, "application/json");
     if (response.ok) return response.json();
     if ([401, 403, 404].includes(response.status)) { this.stop(); this.onState(response.status === 401 ? "signed-out" : "gone"); return null; }
     throw new Error(`The studio answered ${response.status}.`);
@@ -183,15 +207,20 @@ class Parts {
 
   async load() {
     this.loading = true;
+    this.again = false;
+    let html = null;
     try {
-      const response = await fetch(this.address, { headers: { Accept: "text/html" } });
-      if (response.ok && !response.redirected) this.show(await response.text());
-    } catch { /* The line beside the curve says that the studio does not answer. */ } finally {
-      this.shown = performance.now();
-      this.timer = null;
-      this.loading = false;
-      if (this.again) this.refresh();
+      const response = await request(this.address, "text/html");
+      if (response.ok && !response.redirected) html = await response.text();
+      this.again ||= response.status >= 500;
+    } catch {
+      this.again = true; // the line beside the curve says that the studio does not answer; what happened is still to be told
     }
+    this.shown = performance.now();
+    this.timer = null;
+    this.loading = false;
+    if (this.again) this.refresh();
+    if (html !== null) this.show(html);
   }
 
   show(html) {
@@ -303,7 +332,7 @@ function begin(root) {
     chart.request();
   };
   // The end may also be among what came with the curves, as no event of its own.
-  const sentences = new Parts(root, parts, (now) => { if (LAST_WORDS.includes(now)) (feed.ask() ?? Promise.resolve()).finally(ended); });
+  const sentences = new Parts(root, parts, (now) => { if (LAST_WORDS.includes(now)) feed.finish().then(ended); });
   let hovered = false;
   chart.onread = (values) => { hovered = values !== null; showReadouts(figure, values ?? newest(curves)); };
   controls(figure, chart);
@@ -339,7 +368,7 @@ function begin(root) {
     if (more) chart.showDetail(stretch, more);
   };
   Object.assign(root, { curves, feed, chart });
-  if (over) feed.resync().then(() => showConnection("over"));
+  if (over) feed.insist(() => feed.resync());
   else feed.start();
 }
 

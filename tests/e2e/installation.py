@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from urllib.request import urlopen
 
 from playwright.sync_api import BrowserContext
 
+from jobs.parts import STATE
 from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +57,7 @@ class Installation:
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"The studio did not start:\n{self.words()}")
             time.sleep(0.3)
-        while not self._answers():
+        while not self.answers():
             if time.monotonic() > until:
                 raise RuntimeError(f"The studio does not answer:\n{self.words()}")
             time.sleep(0.3)
@@ -73,12 +75,18 @@ class Installation:
         """What the command has printed."""
         return self.said.read_text(encoding="utf-8", errors="replace")
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether pages are served."""
         try:
             with urlopen(f"{self.address}/login/", timeout=5) as answer:
                 return bool(answer.status == 200)
         except (URLError, OSError):
             return False
+
+    def processes(self) -> dict[str, int]:
+        """Number of each part by its name: engine, web, consumer."""
+        pids = [pid for pid, _ in json.loads((self.home / STATE).read_text(encoding="utf-8"))["parts"]]
+        return dict(zip(("engine", "web", "consumer"), pids, strict=True))
 
     def log_in(self, context: BrowserContext) -> None:
         """Log the person in, by the form that people use."""

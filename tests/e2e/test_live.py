@@ -6,27 +6,17 @@ import time
 from typing import Any
 
 import pytest
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, WebSocketRoute, expect
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, Route, WebSocketRoute, expect
 
 from tests.e2e.conftest import NewVisitor
 from tests.e2e.installation import Installation
+from tests.e2e.watching import POINTS, RECIPE, SERIES, SHORT, all_events, expected, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-RECIPE: dict[str, Any] = {
-    "name": "Watched run",
-    "operation": "train",
-    "task": "classify",
-    "data": {"source": "starter:customer-messages"},
-    "model": {"source": "starter:minilm-l6"},
-    "methods": [{"slug": "paca"}, {"slug": "clip"}, {"slug": "early-dynamics-stopping"}],
-    "settings": {"max_steps": 60, "evaluations": 4, "max_length": 24, "batch_size": 8},
-}
-POINTS = "() => document.getElementById('run').curves.length"
 COLOUR = "() => document.querySelector('#plot').data[0].line.color"
-SERIES = """() => {
-  const { loss, norm, held } = document.getElementById('run').curves;
-  return { step: loss.step, loss: loss.value, norm: norm.value, samples: loss.samples, held: held.value, held_step: held.step };
-}"""
+NO_SOCKETS = (
+    "window.WebSocket = class { constructor() { setTimeout(() => this.onclose({ code: 1006 }), 20); } close() {} };"
+)
 LIVE_MS, LONG_MS = 60_000, 240_000
 
 
@@ -62,43 +52,12 @@ class Sockets:
             self.open.pop().close(code=1012)
 
 
-def until(page: Page, points: int, seconds: float = 90.0) -> None:
-    """Wait until the page holds so many points. (Playwright's own waiting evaluates a text, which the page forbids.)"""
-    end = time.monotonic() + seconds
-    while page.evaluate(POINTS) < points:
-        assert time.monotonic() < end, f"{page.evaluate(POINTS)} points after {seconds:g} seconds, not {points}."
-        page.wait_for_timeout(200)
-
-
 def recoloured(page: Page, colour: str) -> bool:
     for _ in range(20):
         if page.evaluate(COLOUR) != colour:
             return True
         page.wait_for_timeout(200)
     return False
-
-
-def all_events(studio: Installation, context: BrowserContext, job: str) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    while True:
-        after = events[-1]["seq"] if events else 0
-        answer = studio.get(context, f"/api/v1/jobs/{job}/events?after={after}&limit=5000")
-        if not answer["events"]:
-            return events
-        events += answer["events"]
-
-
-def expected(events: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    rows = [row for event in events if event["kind"] == "metric" for row in event["data"]["rows"]]
-    measured = [event for event in events if event["kind"] == "evaluation"]
-    return {
-        "step": [row["step"] for row in rows],
-        "samples": [row["samples"] for row in rows],
-        "loss": [pytest.approx(row["loss"], rel=1e-5) for row in rows],
-        "norm": [pytest.approx(row["grad_norm"], rel=1e-5) for row in rows],
-        "held": [pytest.approx(event["data"]["eval_loss"], rel=1e-5) for event in measured],
-        "held_step": [event["step"] for event in measured],
-    }
 
 
 def test_a_run_is_watched_through_broken_lines(studio: Installation, visitor: BrowserContext) -> None:
@@ -267,9 +226,7 @@ def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(
 ) -> None:
     """Where a proxy lets no socket through, the last event comes with an answer, and nothing that is said later may hide the end."""
     page = visitor.new_page()
-    page.add_init_script(
-        "window.WebSocket = class { constructor() { setTimeout(() => this.onclose({ code: 1006 }), 20); } close() {} };"
-    )
+    page.add_init_script(NO_SOCKETS)
     short = {**RECIPE, "name": "Only asked", "settings": {**RECIPE["settings"], "max_steps": 2, "evaluations": 1}}
     job = studio.post(visitor, "/api/v1/jobs", short)["id"]
     page.goto(f"/runs/{job}/")
@@ -279,3 +236,72 @@ def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(
     expect(page.locator("main .status.succeeded").first).to_be_visible(timeout=LIVE_MS)
     page.wait_for_timeout(2500)
     expect(state).to_have_attribute("data-kind", "over")
+
+
+def ended(studio: Installation, visitor: BrowserContext, job: str) -> dict[str, list[Any]]:
+    """Wait until a run is over; what a page of it should hold."""
+    end = time.monotonic() + LONG_MS / 1000
+    while studio.get(visitor, f"/api/v1/jobs/{job}")["status"] != "succeeded":
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    return expected(all_events(studio, visitor, job))
+
+
+def test_a_run_is_not_over_for_the_page_before_its_last_events_have_come(
+    studio: Installation, visitor: BrowserContext
+) -> None:
+    """A sentence tells of the end while the studio cannot be asked for the points that came before it."""
+    page = visitor.new_page()
+    page.add_init_script(NO_SOCKETS)
+    waiting: list[Route] = []
+    job = studio.post(visitor, "/api/v1/jobs", SHORT)["id"]
+    page.goto(f"/runs/{job}/")
+    page.route("**/parts/", lambda route: waiting.append(route))
+    until(page, 1)
+    page.route("**/events?*", lambda route: route.abort())
+    wanted = ended(studio, visitor, job)
+    page.unroute("**/parts/")
+    for route in waiting:
+        route.continue_()
+    expect(page.locator(".run-status .status")).to_contain_text("Finished", timeout=LIVE_MS)
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "off")
+    page.unroute("**/events?*")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    assert page.evaluate(SERIES) == wanted
+
+    # The page is loaded again, and the studio goes away before it has asked for the curves.
+    page.route("**/series?*", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "off")
+    page.unroute("**/series?*")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    assert page.evaluate(SERIES) == wanted
+
+
+def test_the_last_sentence_is_asked_for_until_it_comes(studio: Installation, visitor: BrowserContext) -> None:
+    page = visitor.new_page()
+    job = studio.post(visitor, "/api/v1/jobs", SHORT)["id"]
+    page.goto(f"/runs/{job}/")
+    page.route("**/parts/", lambda route: route.abort())
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    page.wait_for_timeout(2500)
+    assert page.locator(".run-status .status").text_content() != "Finished"
+    page.unroute("**/parts/")
+    expect(page.locator(".run-status .status")).to_contain_text("Finished", timeout=LIVE_MS)
+    assert page.evaluate(SERIES) == ended(studio, visitor, job)
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(studio: Installation, visitor: BrowserContext) -> None:
+    """A network may swallow a question. Here the page's patience is a tenth of what it is."""
+    page = visitor.new_page()
+    page.add_init_script(
+        "const long = AbortSignal.timeout; AbortSignal.timeout = (ms) => long.call(AbortSignal, ms / 10);"
+    )
+    swallowed: list[Route] = []
+    page.route("**/series?*", lambda route: swallowed.append(route), times=1)
+    page.route("**/parts/", lambda route: swallowed.append(route), times=1)
+    job = studio.post(visitor, "/api/v1/jobs", SHORT)["id"]
+    page.goto(f"/runs/{job}/")
+    expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
+    expect(page.locator(".run-status .status")).to_contain_text("Finished", timeout=LIVE_MS)
+    assert len(swallowed) == 2 and page.evaluate(SERIES) == ended(studio, visitor, job)
