@@ -189,7 +189,7 @@ class Mlflow:
 class MlflowRun:
     """A run at an MLflow server."""
 
-    known = None
+    known: int | None = None
 
     def __init__(self, server: Mlflow, run: str) -> None:
         self._server, self._run = server, run

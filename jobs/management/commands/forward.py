@@ -32,9 +32,7 @@ class Command(BaseCommand):
         what.add_argument("--follow", action="store_true", help="keep following all runs; `manage.py up` starts this")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        found, faults = forwarding.targets()
-        for what, way_out in faults:
-            self.stderr.write(f"{what} {way_out}")
+        found, _ = forwarding.targets()  # what is wrong with the others, the system checks have said
         if not found:
             raise CommandError(
                 "Nothing is sent anywhere: BONSAI_FORWARD names no tracker that can be used. "
