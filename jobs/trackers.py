@@ -29,6 +29,8 @@ from jobs.points import Point
 MOST_METRICS, MOST_PARAMS = 1000, 100  # in one call of MLflow
 MOST_LETTERS, MOST_TAG_LETTERS = 500, 5000  # of a parameter, as old servers of MLflow want it; of a tag
 PATIENCE_SECONDS = 30.0  # with a server that has taken a call and says nothing
+# Settings of Weights & Biases, where its version has them: what describes this machine instead of the run is not sent.
+_QUIET = ("disable_git", "disable_code", "x_disable_stats", "x_disable_meta", "x_disable_machine_info")
 _NOT_IN_A_KEY = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -243,7 +245,7 @@ class Wandb:
                 reinit="create_new",
                 dir=str(about.folder),
                 settings=wandb.Settings(
-                    console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True
+                    console="off", silent=True, **{name: True for name in _QUIET if name in wandb.Settings.model_fields}
                 ),
             )
             run.define_metric("train/global_step")
@@ -252,16 +254,20 @@ class Wandb:
 
 
 class WandbRun:
-    """A run at Weights & Biases. Its own steps are the numbers of the points; it drops those below the last."""
+    """A run at Weights & Biases. Its own steps are the numbers of the points, so that it says itself how many it holds.
+
+    Offline nobody can be asked: every time, a new folder gets the run from its beginning, and the newest one is whole.
+    """
 
     def __init__(self, run: Any) -> None:
         self._run = run
-        self.known: int | None = None if run.offline else int(run.step)
+        self.known: int | None = int(run.step)
 
     def log(self, points: Sequence[Point], first: int) -> None:
         with _as_away():
             for number, point in enumerate(points, first):
-                self._run.log({**point.in_folders(), "train/global_step": point.step}, step=number)
+                row = {**point.in_folders(), "train/global_step": point.step}
+                self._run.log(row, step=number, commit=True)
 
     def close(self) -> None:
         with _as_away():

@@ -27,6 +27,7 @@ from jobs.trackers import Away, Refused, missing
 from tests.jobs.conftest import MakeJob
 from tests.jobs.logs import metric_row
 from tests.jobs.mlflow_server import Server, Store
+from tests.jobs.tracker_packages import write_packages
 
 WriteLog = Callable[..., EventLog]
 NUM_NUMBERS = 9  # of a metric row, without its step
@@ -303,6 +304,58 @@ def test_a_password_is_used_and_never_shown(
     assert "cret" not in shown and "My garden" in shown
     engine, *_ = parts.parts("127.0.0.1", 1)
     assert engine.name == "engine" and not engine.secret and "BONSAI_FORWARD" in parts.SECRETS
+
+
+# ── Weights & Biases, Trackio ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What the one run at a tracker's package holds; the packages are importable meanwhile."""
+    write_packages(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("HELD_BY_TRACKERS", str(tmp_path / "held"))
+    loaded = {name for name in sys.modules if name.partition(".")[0] in ("wandb", "trackio")}
+    assert not loaded, "nobody imports them before something is sent"
+    yield lambda: [json.loads(line) for path in (tmp_path / "held").iterdir() for line in path.read_text().splitlines()]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("wandb", "trackio")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("wandb", "train/global_step"), ("trackio", "step")])
+def test_a_package_is_told_everything_once_also_by_a_process_that_is_killed(
+    kind: str,
+    axis: str,
+    make_job: MakeJob,
+    write_log: WriteLog,
+    held: Callable[[], list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forwarder = named(monkeypatch, f"{kind}:garden")
+    job = make_job(recipe={"settings": {"seed": 1}})
+    log = write_log(job, 6)
+    log.emit("evaluation", {"eval_loss": 0.5}, step=6)
+    assert forwarder.tell(taken_in(job)) == 7
+    assert len(held()) < 7, "something waits in the package"
+    forwarder._release(job.pk)  # killed: what waits is lost, the lock is free
+    monkeypatch.setenv("TRACKER_IS_DOWN", "1")
+    steps(log, 7, 8)
+    with pytest.raises(Away, match=r"ConnectionError: The tracker is down\.$"):
+        forwarder.tell(taken_in(job))
+    monkeypatch.delenv("TRACKER_IS_DOWN")
+    steps(log, 9, 9, loss=float("nan"))
+    log.close()
+    forwarder.tell(taken_in(job, Status.FAILED, reason="diverged", message="It left the road."))
+    rows = [row for row in held() if axis in row]
+    assert [row[axis] for row in rows if "train/loss" in row] == list(range(1, 10))
+    assert [(row[axis], row["eval/loss"]) for row in rows if "eval/loss" in row] == [(6, 0.5)]
+    assert math.isnan(rows[-1]["train/loss"]) and rows[1]["train/num_input_tokens_seen"] == 200
+    if kind == "wandb":
+        end = held()[-1]
+        assert [row["_step"] for row in rows] == list(range(10)) and end["exit_code"] == 1
+        assert (end["bonsai.status"], end["config"]["settings.seed"]) == ("failed", 1)
+    forwarder.tell(job, again=True)
+    assert len([row for row in held() if axis in row]) == 10
 
 
 # ── following ─────────────────────────────────────────────────────────────────────────────────────────────────────────
