@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -37,6 +38,7 @@ from jobs.trackers import TRACKERS, About, Away, End, Refused, Run, Tracker, mis
 logger = logging.getLogger(__name__)
 LOOK_SECONDS, MOST_SECONDS = 2.0, 60.0  # between looks; between tries while a tracker is away
 MOST_NUMBERS = 1000  # sent at once
+SHARE_SECONDS = 5.0  # for one job at a look, so that a long backlog keeps no other run waiting
 RECENT = timedelta(days=1)  # after the first look, older jobs can have nothing new
 SINCE = "forward.json"
 
@@ -164,6 +166,7 @@ class _Open:
     run: Run
     cursor: Cursor
     lock: IO[bytes]
+    behind: bool = True  # the time was over before everything was sent
 
 
 @dataclass
@@ -173,8 +176,10 @@ class Forwarder:
     target: Target
     open: dict[uuid.UUID, _Open] = field(default_factory=dict)
 
-    def tell(self, job: Job, *, again: bool = False) -> int | None:
+    def tell(self, job: Job, *, again: bool = False, seconds: float = math.inf) -> int | None:
         """Send what the tracker has not got of a job, and how it ended; returns the number of points, or None when another process is at it.
+
+        After `seconds`, what is left waits for the next time.
 
         `again` forgets what is known of an earlier time, also that the tracker refused. Raises Away, Refused, or FileNotFoundError for a job
         without a log.
@@ -186,7 +191,9 @@ class Forwarder:
         if opened is None:
             return None
         try:
-            num = self._send(job, opened, log)
+            num = self._send(job, opened, log, time.monotonic() + seconds)
+            if opened.behind:
+                return num
             if job.status in TERMINAL:
                 opened.run.end(_end(job))
                 opened.cursor.ended = job.status
@@ -254,14 +261,17 @@ class Forwarder:
             raise
         return self.open[job.pk]
 
-    def _send(self, job: Job, opened: _Open, log: Path) -> int:
-        num = 0
-        for some, behind in unsent(log, opened.cursor, job.log_offset):
+    def _send(self, job: Job, opened: _Open, log: Path, end: float) -> int:
+        num, opened.behind = 0, True
+        for some, cursor in unsent(log, opened.cursor, job.log_offset):
             if some:
-                opened.run.log(some, behind.sent - len(some))
-                self._save(job.pk, behind)
+                opened.run.log(some, cursor.sent - len(some))
+                self._save(job.pk, cursor)
                 num += len(some)
-            opened.cursor = behind
+            opened.cursor = cursor
+            if some and time.monotonic() >= end:
+                return num
+        opened.behind = False
         return num
 
     def _release(self, job_id: uuid.UUID) -> None:
@@ -298,25 +308,26 @@ class Follower(threading.Thread):
         pause = LOOK_SECONDS
         try:
             while not self.stopping.is_set():
-                pause = LOOK_SECONDS if self._look_patiently() else min(2 * pause, MOST_SECONDS)
-                self.stopping.wait(pause)
+                took_it, left = self._look_patiently()
+                pause = LOOK_SECONDS if took_it else min(2 * pause, MOST_SECONDS)
+                self.stopping.wait(0 if left else pause)
         finally:
             for job_id in list(self.forwarder.open):
                 self.forwarder.close(job_id)
             connection.close()
 
-    def look(self) -> None:
-        """Tell the tracker what is new; raises Away."""
+    def look(self) -> bool:
+        """Tell the tracker what is new, for a while; returns whether something is left. Raises Away."""
         now, complete = timezone.now(), True
         jobs = self._jobs()
         for job_id in self.forwarder.open.keys() - {job.pk for job in jobs}:  # deleted meanwhile
             self.forwarder.close(job_id)
         for job in sorted(jobs, key=lambda job: job.pk == self._later):
             if self.stopping.is_set():
-                return
+                return False
             try:
                 if job.pk in self.forwarder.open or self.forwarder.has_news(job):
-                    complete = self.forwarder.tell(job) is not None and complete
+                    complete = self.forwarder.tell(job, seconds=SHARE_SECONDS) is not None and complete
                 elif job.status in TERMINAL:
                     self._done.add(job.pk)
             except Refused as error:
@@ -328,34 +339,37 @@ class Follower(threading.Thread):
             except Away:
                 self._later = job.pk
                 raise
-        if complete:
+        left = any(opened.behind for opened in self.forwarder.open.values())
+        if complete and not left:
             self.since = max(self.since, now - RECENT)
+        return left
 
     def _jobs(self) -> list[Job]:
         begun = Job.objects.exclude(started_at=None).filter(Q(ended_at=None) | Q(ended_at__gte=self.since))
         return [job for job in begun.order_by("started_at") if job.pk not in self._done]
 
-    def _look_patiently(self) -> bool:
+    def _look_patiently(self) -> tuple[bool, bool]:
+        """Whether the tracker took what it was told, and whether something is left."""
         try:
-            self.look()
+            left = self.look()
         except Away as error:
             if str(error) != self._away:
                 self._away = str(error)
                 logger.warning(
                     "%s takes nothing now. %s Nothing is lost; it is tried again.", self.forwarder.target, error
                 )
-            return False
+            return False, False
         except (OperationalError, InterfaceError) as error:
             logger.warning("The database does not answer (%s); trying again.", error)
             connection.close()
-            return False
+            return False, False
         except Exception:
             logger.exception("%s: a look failed; trying again.", self.forwarder.target)
-            return False
+            return False, False
         if self._away:
             logger.info("%s takes everything again.", self.forwarder.target)
             self._away = ""
-        return True
+        return True, left
 
 
 def follow(found: list[Target], stopping: threading.Event) -> None:

@@ -426,6 +426,29 @@ def test_a_job_that_is_deleted_meanwhile_disturbs_nobody(
     assert {run["name"]: run["status"] for run in store.runs.values()} == {"Gone": "RUNNING", "Stays": "FINISHED"}
 
 
+def test_a_long_backlog_keeps_no_other_run_waiting(
+    make_job: MakeJob,
+    write_log: WriteLog,
+    mlflow: forwarding.Forwarder,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forwarding, "SHARE_SECONDS", 0.0)
+    long, short, watcher = make_job(name="Long"), make_job(name="Short"), follower(mlflow)
+    for job, num in ((long, 300), (short, 2)):
+        write_log(job, num).close()
+        taken_in(job, Status.SUCCEEDED)
+    assert watcher.look(), "something is left"
+    by_name = {run["name"]: run for run in store.runs.values()}
+    assert 0 < len(by_name["Long"]["metrics"]) < 300 * NUM_NUMBERS and by_name["Long"]["status"] == "RUNNING"
+    assert len(by_name["Short"]["metrics"]) == 2 * NUM_NUMBERS
+    looks = 1
+    while watcher.look():
+        looks += 1
+    assert looks <= 4 and [run["status"] for run in store.runs.values()] == ["FINISHED", "FINISHED"]
+    assert len(by_name["Long"]["metrics"]) == 300 * NUM_NUMBERS and store.num_repeated == 0
+
+
 @pytest.mark.django_db(transaction=True)
 def test_the_process_follows_by_itself_and_waits_for_a_tracker(
     transactional_db: None, make_job: MakeJob, write_log: WriteLog, mlflow: forwarding.Forwarder, store: Store,
