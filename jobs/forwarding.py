@@ -124,7 +124,7 @@ def unsent(log: Path, cursor: Cursor, upto: int) -> Iterator[tuple[list[Point], 
     now = replace(cursor)
     waiting: list[Point] = []
     with log.open("rb") as file:
-        if not _goes_on(file, now, upto):
+        if not _goes_on(file, now):
             now.rewind()
         file.seek(now.offset)
         while now.offset < upto:
@@ -146,12 +146,10 @@ def unsent(log: Path, cursor: Cursor, upto: int) -> Iterator[tuple[list[Point], 
     yield waiting, now
 
 
-def _goes_on(file: IO[bytes], cursor: Cursor, upto: int) -> bool:
+def _goes_on(file: IO[bytes], cursor: Cursor) -> bool:
     """Whether the log continues with the next line where it was left. After a loss of power its end may have been written anew."""
     if not cursor.offset:
         return True
-    if cursor.offset > upto:
-        return False
     file.seek(cursor.offset - 1)
     if file.read(1) != b"\n":
         return False

@@ -220,9 +220,9 @@ def test_a_cursor_that_was_not_written_doubles_nothing(
     assert [step for step, _ in store.curve("loss")] == list(range(1, 7)) and len(store.runs) == 1
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("rows", "word"), [(1, False), (2, False), (2, True)])
 def test_a_log_whose_end_was_lost_and_written_anew(
-    rows: int, make_job: MakeJob, write_log: WriteLog, mlflow: forwarding.Forwarder, store: Store
+    rows: int, word: bool, make_job: MakeJob, write_log: WriteLog, mlflow: forwarding.Forwarder, store: Store
 ) -> None:
     """After a loss of power the child repeats the lost steps, at other moments and perhaps with other rows to a line."""
     job = make_job()
@@ -233,8 +233,15 @@ def test_a_log_whose_end_was_lost_and_written_anew(
     mlflow.tell(taken_in(job))
     mlflow.close(job.pk)
     path = job_folder(job.pk) / LOG_NAME
+    offset = path.stat().st_size
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:4]))
+    assert mlflow.tell(taken_in(job)) == 0, "before the child has begun again"
     log = EventLog(path.parent, interval=1e9)
+    if word:  # so long that a line ends just where the cursor stood
+        log.emit("log", {"level": "info", "message": ""})
+        begun = path.stat().st_size
+        path.write_bytes(path.read_bytes().replace(b'"message":""', b'"message":"%b"' % (b"x" * (offset - begun))))
+        log = EventLog(path.parent, interval=1e9)
     for step in range(5, 13):
         log.metric(metric_row(step))
         if step % rows == 0:
