@@ -40,3 +40,13 @@ def check_disk(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[C
     if free < NOTHING:
         return [Error(words, hint=hint, id="jobs.E002")]
     return [Warning(words, hint=hint, id="jobs.W001")]
+
+
+@register()
+def check_forwarding(app_configs: Sequence[AppConfig] | None, **kwargs: Any) -> list[CheckMessage]:
+    """The trackers that are to be sent the curves of runs can be used. Trainings do not depend on it."""
+    if not settings.BONSAI_FORWARD:
+        return []
+    from jobs.forwarding import targets  # only processes of an installation that forwards load it
+
+    return [Warning(what, hint=way_out, id="jobs.W002") for what, way_out in targets()[1]]

@@ -15,13 +15,24 @@ from typing import IO
 from django.conf import settings
 
 from engine.core.control import write_json
+from jobs import forwarding
 from jobs.places import engine_socket, home
 from jobs.processes import TRAINING, is_alive, process_start, signal_group
 
 ROOT = Path(__file__).resolve().parent.parent
 STATE = "up.json"
 MAX_LOG_BYTES = 10 << 20
-SECRETS = ("BONSAI_SECRET_KEY", "BONSAI_ADMIN_PASSWORD", "DATABASE_URL", "REDIS_URL")
+SECRETS = (
+    "BONSAI_SECRET_KEY",
+    "BONSAI_ADMIN_PASSWORD",
+    "DATABASE_URL",
+    "REDIS_URL",
+    "BONSAI_FORWARD",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "WANDB_API_KEY",
+    "TRACKIO_WRITE_TOKEN",
+)
 MAX_PAUSE = 30.0
 SMALL = {"MALLOC_ARENA_MAX": "2"}  # threads share their free memory instead of keeping a part each
 
@@ -130,8 +141,9 @@ def web_command(host: str, port: int | str) -> list[str]:
 
 
 def parts(host: str, port: int) -> list[Part]:
-    """Engine service, consumer and web server."""
+    """Engine service, consumer and web server, and where curves are sent to a tracker, who does that."""
     python, manage = sys.executable, str(ROOT / "manage.py")
+    forwards = settings.BONSAI_FORWARD and forwarding.targets()[0]
     return [
         Part(
             "engine",
@@ -141,6 +153,7 @@ def parts(host: str, port: int) -> list[Part]:
         ),
         Part("web", web_command(host, port), environment=SMALL),
         Part("consumer", [python, manage, "consume"], environment=SMALL),
+        *([Part("forward", [python, manage, "forward", "--follow"], environment=SMALL)] if forwards else []),
     ]
 
 

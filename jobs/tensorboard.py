@@ -9,35 +9,25 @@ the Castagnoli polynomial of RFC 3309. TensorBoard itself is not needed for any 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from engine.core.events import LOG_NAME
 from jobs.models import Event, Job
 from jobs.places import job_folder
+from jobs.points import Told, parsed, points
 
 PIECE_BYTES = 1 << 16  # sent at once
 VERSION = b"brain.Event:2"
-# What Trainer calls otherwise than the engine; "eval_loss" becomes "eval/loss" there as here.
-_TRAINER = {"tokens": "num_input_tokens_seen"}
-_NOT_MEASURED = {
-    "samples",
-    "epoch",
-    "best",
-    "key",
-    "nonfinite",
-}  # of an evaluation: they stand in the rows, or are no curve
 _MASK_DELTA = 0xA282EAD8
 
 
 def event_file(job: Job) -> Iterator[bytes]:
     """The bytes of the event file of a run, up to what the database shows of its log, piece by piece."""
     piece = bytearray(record(_double(1, job.created.timestamp()) + _bytes(3, VERSION)))
-    for moment, step, values in _points(job):
-        piece += record(scalars(moment, step, values))
+    for point in points(_told(job)):
+        piece += record(scalars(point.moment, point.step, point.in_folders()))
         if len(piece) >= PIECE_BYTES:
             yield bytes(piece)
             piece.clear()
@@ -91,61 +81,19 @@ def _shifted(value: int, times: int) -> int:
     return value
 
 
-def _points(job: Job) -> Iterator[tuple[float, int, dict[str, float]]]:
-    """Moment, step and values of every optimizer step and every evaluation; after a lost end of the log the first row of a step counts."""
-    last = -1
-    for moment, kind, step, data in _told(job):
-        if kind == "evaluation":
-            values = _numbers(data, "eval/", without=_NOT_MEASURED)
-            if values:
-                yield moment, step, values
-        elif kind == "metric":
-            rows = [row for row in data.get("rows", []) if row.get("step", step) > last]
-            for row in rows:
-                last = row.get("step", step)
-                yield _moment(moment, row, rows[-1]), last, _numbers(row, "train/", without={"step", "nonfinite"})
-
-
-def _told(job: Job) -> Iterator[tuple[float, str, int, dict[str, Any]]]:
+def _told(job: Job) -> Iterator[Told]:
     """The log itself, up to where the database stands; where its file is gone, what the database kept."""
     path = job_folder(job.pk) / LOG_NAME
     if path.exists() and path.stat().st_size >= job.log_offset > 0:
         with path.open("rb") as file:
             while file.tell() < job.log_offset:
-                try:
-                    body = json.loads(file.readline())
-                    told = float(body["time"]), str(body["kind"]), int(body["step"]), dict(body["data"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # a damaged line was left out of the database too
-                yield told
+                told = parsed(file.readline())
+                if told is not None:
+                    yield told
     else:
         events = Event.objects.filter(job=job, seq__lte=job.last_seq, kind__in=("metric", "evaluation"))
         for event in events.order_by("seq").iterator(chunk_size=50):
-            yield event.time, event.kind, event.step, event.data
-
-
-def _moment(written: float, row: Mapping[str, Any], last: Mapping[str, Any]) -> float:
-    """When a step was made: rows that share an event were written together, and each knows the training's own seconds."""
-    mine, newest = row.get("seconds"), last.get("seconds")
-    return (
-        written - max(0.0, newest - mine)
-        if isinstance(mine, int | float) and isinstance(newest, int | float)
-        else written
-    )
-
-
-def _numbers(data: Mapping[str, Any], folder: str, *, without: set[str]) -> dict[str, float]:
-    """What can be a curve, under Trainer's names. A number that was not finite is NaN: the log holds null and its name."""
-    lost = data.get("nonfinite") or ()
-    found: dict[str, float] = {}
-    for name, value in data.items():
-        if name in without or isinstance(value, bool):
-            continue
-        if isinstance(value, int | float):
-            found[folder + _TRAINER.get(name, name).removeprefix("eval_")] = float(value)
-        elif value is None and name in lost:
-            found[folder + _TRAINER.get(name, name).removeprefix("eval_")] = math.nan
-    return found
+            yield Told(event.time, event.kind, event.step, event.data)
 
 
 @functools.lru_cache(1000)

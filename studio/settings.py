@@ -56,6 +56,7 @@ BONSAI_GRACE_SECONDS = env.float("BONSAI_GRACE_SECONDS", default=30.0)
 BONSAI_LEASE_SECONDS = env.float("BONSAI_LEASE_SECONDS", default=30.0)
 BONSAI_MAX_WAITING_JOBS = env.int("BONSAI_MAX_WAITING_JOBS", default=200)
 BONSAI_KEEP_EVENTS = env.int("BONSAI_KEEP_EVENTS", default=200_000)
+BONSAI_FORWARD = env.list("BONSAI_FORWARD", default=[])  # trackers that are sent the curves of runs
 
 # The loopback names always work; a server adds its own. A foreign name is how DNS rebinding would come in.
 ALLOWED_HOSTS = ["localhost", "127.0.0.1", "[::1]", *env.list("BONSAI_ALLOWED_HOSTS", default=[])]

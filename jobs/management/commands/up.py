@@ -20,7 +20,7 @@ from django.core.management import call_command
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import connections
 
-from jobs import checks, parts, starters
+from jobs import checks, forwarding, parts, starters
 from jobs.enter import entry_token
 from jobs.places import engine_socket, home
 
@@ -29,7 +29,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Command(BaseCommand):
-    """Start the web server, the consumer and the engine service, keep them running, and stop them together."""
+    """Start the web server, the consumer, the engine service and who forwards curves; keep them running, and stop them together."""
 
     help = "Start the studio and keep it running until Ctrl-C."
     requires_system_checks: list[str] = []
@@ -54,6 +54,7 @@ class Command(BaseCommand):
         owner, password = starters.ensure_administrator()
         token = entry_token(owner) if host in LOOPBACK else ""
         connections.close_all()
+        forwarding.since()  # what is sent from now on, and what is sent no more
         running = parts.parts(host, port)
         first = None
         try:
@@ -74,7 +75,7 @@ class Command(BaseCommand):
             raise CommandError(
                 f"The studio of {home()} is running already at {elsewhere}. Stop that one first, or open it in the browser."
             )
-        for message in [*checks.check_home(None), *checks.check_disk(None)]:
+        for message in [*checks.check_home(None), *checks.check_disk(None), *checks.check_forwarding(None)]:
             if message.is_serious():
                 raise CommandError(f"{message.msg} {message.hint}")
             self.stdout.write(f"{message.msg} {message.hint}")
@@ -141,6 +142,8 @@ class Command(BaseCommand):
             lines.append(
                 f"Or log in as {name} with the password {password} (shown only now; change it under your name)."
             )
+        if settings.BONSAI_FORWARD and (trackers := forwarding.targets()[0]):
+            lines.append(f"The curves of runs are also sent to {'; and to '.join(map(str, trackers))}.")
         free = shutil.disk_usage(home()).free / 1e9
         lines.append(
             f"Data and results are kept in {home()} ({free:.0f} GB free). Stop with Ctrl-C; running jobs go on at the next start."
