@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.core.overrides import Override
 from engine.core.recipe import DataRef, ModelRef, Recipe
 
 
@@ -114,6 +115,7 @@ class Trial:
         default_factory=list
     )  # (step, trial) at which it was overwritten with another
     failed: str = ""  # why it cannot go on
+    override: Override | None = None  # the last word of a person about it
 
     @property
     def step(self) -> int:
@@ -122,6 +124,16 @@ class Trial:
     @property
     def score(self) -> float:
         return self.marks[-1].score if self.marks else float("-inf")
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a person wants it to go on, whatever a rule says."""
+        return self.override is not None and self.override.verdict == "keep"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a person wants it to end, whatever a rule says."""
+        return self.override is not None and self.override.verdict == "stop"
 
 
 @dataclass(frozen=True, kw_only=True)

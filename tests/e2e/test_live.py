@@ -262,7 +262,9 @@ def test_a_run_that_ends_before_its_curves_have_come_is_shown_as_ended(
     expect(page.locator("#connection")).to_have_attribute("data-kind", "over", timeout=LIVE_MS)
 
 
-def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(studio: Installation, visitor: BrowserContext) -> None:
+def test_a_run_that_is_followed_by_asking_alone_is_shown_as_ended(
+    studio: Installation, visitor: BrowserContext
+) -> None:
     """Where a proxy lets no socket through, the last event comes with an answer, and nothing that is said later may hide the end."""
     page = visitor.new_page()
     page.add_init_script(
