@@ -15,14 +15,16 @@ from engine.core.recipe import DataRef, ModelRef, Recipe
 class Report:
     """What was found out: one sentence, the numbers behind it, and a table with one mapping a row.
 
-    `curve` names two columns of the table that make a curve worth drawing, x first. When the rows are trials of a search, `knobs` names the
-    columns that were turned, and `score` the column that says how it came out (larger is better).
+    `curve` names two columns that make a curve worth drawing, x first: of `history`, which has a row for each moment, or else of the table. When
+    the rows of the table are trials of a search, `knobs` names the columns that were turned, and `score` the column that says how it came out
+    (larger is better).
     """
 
     title: str
     sentence: str
     numbers: dict[str, Any] = field(default_factory=dict)
     table: tuple[dict[str, Any], ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
     curve: tuple[str, str] | None = None
     knobs: tuple[str, ...] = ()
     score: str = ""

@@ -231,7 +231,7 @@ def search_report(
     done = [row for row, trial in zip(rows, sorted(trials, key=lambda t: t.number), strict=True) if is_finished(trial)]
     scores = [row["score"] for row in done if row["score"] is not None]
     span = f" ({min(scores):.4g} to {max(scores):.4g} in all)" if len(scores) > 1 else ""
-    settings = ", ".join(f"{short(knob.name)} {number(best.values[knob.name])}" for knob in knobs)
+    settings = ", ".join(f"{short(knob.name)} {number(best.values.get(knob.name))}" for knob in knobs)
     weights = importance(done, knobs)
     full = full_samples(trials, planned)
     numbers: dict[str, Any] = {
