@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from engine.core.control import Control, write_json
 from engine.core.errors import EngineError
 from engine.core.events import EventLog
 from engine.core.fork import link
-from engine.core.method import SearchMethod
+from engine.core.method import Chosen, SearchMethod
 from engine.core.overrides import Override, SliceControl, read_overrides
 from engine.core.recipe import Recipe, canonical
 from engine.core.registry import catalogue
@@ -34,6 +35,7 @@ from engine.core.space import is_live_name, with_values
 from engine.core.work import Ask, Mark, Trial
 from engine.ops.check import Checked, require
 from engine.ops.nested import NestedLog, result_of, take_home
+from engine.ops.remedies import for_search
 from engine.ops.slices import TrialTable, numbers_of
 from engine.ops.train import announce, plan, prepare
 from engine.ops.work import Inputs
@@ -73,7 +75,7 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
     method: SearchMethod = lead.method(lead.params)
     (folder / TRIALS).mkdir(exist_ok=True)
     log.emit("state", {"state": "running", "message": f"{lead.method.card.title} begins."})
-    player = _Player(inner.recipe, method, folder, log, control)
+    player = _Player(inner.recipe, lead, method, folder, log, control)
     table = TrialTable(method, log)
     method.begin(
         SearchContext(recipe=inner.recipe, total_steps=player.total_steps, rng=player.rng, steps_of=player.steps_of)
@@ -107,8 +109,11 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
 class _Player:
     """Trains slices."""
 
-    def __init__(self, recipe: Recipe, method: SearchMethod, folder: Path, log: EventLog, control: Control) -> None:
-        self.recipe, self.method, self.folder, self.log, self.control = recipe, method, folder, log, control
+    def __init__(
+        self, recipe: Recipe, lead: Chosen, method: SearchMethod, folder: Path, log: EventLog, control: Control
+    ) -> None:
+        self.recipe, self.lead, self.method = recipe, lead, method
+        self.folder, self.log, self.control = folder, log, control
         self.rng = random.Random(f"{recipe.settings.seed}/{method.card.slug}")
         self.record = folder / RECORD
         self.lines = _recorded(self.record)
@@ -221,7 +226,8 @@ class _Player:
         checked = require(with_values(self.recipe, ask.values))
         offset = {"step": self.done_steps - start, "samples": 0, "tokens": 0}
         ahead = max(self.planned_steps, self.done_steps + ask.until - start)
-        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, ahead)
+        remedy = partial(for_search, trial=checked.recipe, base=self.recipe, lead=self.lead)
+        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, ahead, remedy=remedy)
         stoppable = "stop" in self.method.overrides
         control = SliceControl(self.control, trial.number, self.taken) if stoppable else self.control
         try:
