@@ -21,6 +21,8 @@ checkpoint  {"path": relative folder, "best": bool}
 artifact    {"path": "artifact", "files": […], "certificate": "pass" | "fail"}
 trial       {"trial": number, "state": engine.core.method.TRIAL_STATES, "done": its step, "total": its last step, "score", "values": {name: value},
              "message": sentence} of a search, whenever one of these has changed
+override    {"number", "trial", "verdict": "keep" | "stop", "by": name, "taken": bool, "message": sentence}: a search has taken up what a person decided about a
+             trial, or says why it is too late (engine.core.overrides)
 child       {"attempt", "pid", "device", …} once at the start of each attempt
 
 A number that is not finite is written as null and named in "nonfinite": ["loss"], because JSON has no NaN.
@@ -40,12 +42,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal[
-    "state", "metric", "evaluation", "progress", "log", "sample", "signal", "checkpoint", "artifact", "child", "trial"
+    "state",
+    "metric",
+    "evaluation",
+    "progress",
+    "log",
+    "sample",
+    "signal",
+    "checkpoint",
+    "artifact",
+    "child",
+    "trial",
+    "override",
 ]
 LOG_NAME = "events.jsonl"
 MOST_ROWS = 1000  # of one metric event
-_ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal", "trial"})
-_SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child"})
+_ONCE: frozenset[str] = frozenset({"evaluation", "sample", "signal", "trial", "override"})
+_SYNCED: frozenset[str] = frozenset({"state", "signal", "artifact", "checkpoint", "child", "override"})
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 

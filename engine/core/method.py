@@ -18,6 +18,7 @@ from engine.core.params import HyperParams, faults_of
 from engine.core.slots import Arity, Phase, Slot
 
 if TYPE_CHECKING:
+    from engine.core.overrides import KeepOrStop
     from engine.core.recipe import MethodRef, Recipe
     from engine.core.work import Ask, Outcome, Report, Step, Trial
 
@@ -169,6 +170,7 @@ class Method:
             "num_models": list(getattr(cls, "num_models", (1, 1))),
             "needs_data": getattr(cls, "needs_data", cls.role == "train"),
             "training": getattr(cls, "training", "none"),
+            "overrides": list(getattr(cls, "overrides", ())),
             "slots": [slot.value for slot in cls.slots],
             "version": cls.version,
             "needs": asdict(cls.needs),
@@ -284,6 +286,9 @@ class SearchMethod(WorkMethod):
     role = "search"
     needs_data = True
     training = "required"
+    overrides: ClassVar[
+        tuple[KeepOrStop, ...]
+    ] = ()  # what a person may decide about a single trial while the search runs
 
     def begin(self, ctx: Any) -> None:
         """Once at the start. ctx: engine.ops.search.SearchContext (recipe, total_steps, steps_of, rng)."""
@@ -293,7 +298,13 @@ class SearchMethod(WorkMethod):
         raise NotImplementedError(f"{type(self).__name__} asks for nothing.")
 
     def tell(self, trial: Trial) -> None:
-        """A slice was run: its mark is the last of `trial.marks`."""
+        """A slice was run: its mark is the last of `trial.marks`. When a person stopped the trial, the slice may have ended before its step."""
+
+    def heed(self, trial: Trial) -> None:
+        """A person has decided about a trial, in one of the ways of `overrides`: `trial.override` says what. Called between two slices, before `tell`.
+
+        `ask` must keep to it. The default notes nothing, for searches that read `trial.is_stopped` when they ask.
+        """
 
     def standing(self, trial: Trial) -> tuple[str, str]:
         """What the table of a running search says of a trial: a word of TRIAL_STATES, and a sentence with the reason, or nothing.
@@ -302,6 +313,8 @@ class SearchMethod(WorkMethod):
         """
         if trial.failed:
             return "failed", trial.failed
+        if trial.is_stopped and trial.override is not None:
+            return "stopped", trial.override.sentence
         return ("finished", "") if trial.marks and trial.step >= trial.marks[-1].total_steps else ("waiting", "")
 
     def winner(self, trials: Sequence[Trial]) -> int:

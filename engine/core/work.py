@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.core.overrides import Override
 from engine.core.recipe import DataRef, ModelRef, Recipe
 
 
@@ -14,14 +15,16 @@ from engine.core.recipe import DataRef, ModelRef, Recipe
 class Report:
     """What was found out: one sentence, the numbers behind it, and a table with one mapping a row.
 
-    `curve` names two columns of the table that make a curve worth drawing, x first. When the rows are trials of a search, `knobs` names the
-    columns that were turned, and `score` the column that says how it came out (larger is better).
+    `curve` names two columns that make a curve worth drawing, x first: of `history`, which has a row for each moment, or else of the table. When
+    the rows of the table are trials of a search, `knobs` names the columns that were turned, and `score` the column that says how it came out
+    (larger is better).
     """
 
     title: str
     sentence: str
     numbers: dict[str, Any] = field(default_factory=dict)
     table: tuple[dict[str, Any], ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
     curve: tuple[str, str] | None = None
     knobs: tuple[str, ...] = ()
     score: str = ""
@@ -114,6 +117,7 @@ class Trial:
         default_factory=list
     )  # (step, trial) at which it was overwritten with another
     failed: str = ""  # why it cannot go on
+    override: Override | None = None  # the last word of a person about it
 
     @property
     def step(self) -> int:
@@ -122,6 +126,16 @@ class Trial:
     @property
     def score(self) -> float:
         return self.marks[-1].score if self.marks else float("-inf")
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether a person wants it to go on, whatever a rule says."""
+        return self.override is not None and self.override.verdict == "keep"
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a person wants it to end, whatever a rule says."""
+        return self.override is not None and self.override.verdict == "stop"
 
 
 @dataclass(frozen=True, kw_only=True)

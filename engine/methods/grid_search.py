@@ -50,6 +50,8 @@ class GridSearch(SearchMethod):
         )  # fmt: skip
         max_minutes: float = shared.minutes_dial()
 
+    overrides = ("stop",)
+
     @classmethod
     def num_runs(cls, params: Any, facts: Facts) -> float:
         return float(shared.count_combinations(params.space, params.points))

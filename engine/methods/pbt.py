@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from engine.core.errors import Fault
@@ -15,7 +16,8 @@ from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.space import SPACE_HELP, Knob, is_live, parse_space
 from engine.core.work import Ask, Report, Trial
-from engine.parts.population import Lineage, Population
+from engine.parts import trials as shared
+from engine.parts.population import Lineage, Population, history_of
 
 
 class PBT(SearchMethod):
@@ -176,34 +178,47 @@ class PBT(SearchMethod):
     def winner(self, trials: Sequence[Trial]) -> int:
         return self.population.best(trials)
 
+    def standing(self, trial: Trial) -> tuple[str, str]:
+        state, said = super().standing(trial)
+        if said or not trial.donors:
+            return state, said
+        step, donor = trial.donors[-1]
+        return state, f"Took over member {donor} at step {step:,}."
+
     def report(self, trials: Sequence[Trial], winner: int) -> Report:
         lineage = Lineage.of(trials, winner)
+        plain = shared.search_report(
+            "Population training", trials, winner, self.knobs, planned=1 if self.replayed else self.params.population,
+            stands=lambda trial: self.standing(trial)[0],
+        )  # fmt: skip
         best = next(trial for trial in trials if trial.number == winner)
         copies = sum(len(trial.donors) for trial in trials)
         start = {
             knob.name: best_start for knob, best_start in zip(self.knobs, lineage.first_values(self.knobs), strict=True)
         }
         spread = [t.score for t in trials if math.isfinite(t.score)]
-        rows = tuple(
-            {"step": mark.step, "trial": trial.number, "score": mark.score if math.isfinite(mark.score) else None,
-             **{knob.name: mark.values.get(knob.name) for knob in self.knobs},
-             "copied from": next((donor for at, donor in trial.donors if at == _before(trial, place)), None)}
-            for trial in trials
-            for place, mark in enumerate(trial.marks)
-        )  # fmt: skip
+        history = history_of(trials, self.knobs)
+        weights = shared.importance(history, self.knobs, "gain")
+        donors = {trial.number: trial.donors for trial in trials}
         members = "member" if len(trials) == 1 else "members"
-        return Report(
-            title="Population training",
+        notes = [*plain.notes, f"The schedule of the winner, to be followed again: {lineage.text()}"]
+        if weights:
+            notes.append(
+                "How much each setting mattered was measured by how far each slice brought a member, against the other members in the same interval: weights are "
+                "handed on, so the last score of a member is not the work of its last settings alone."
+            )
+        return replace(
+            plain,
             sentence=f"Member {winner} of {len(trials)} {members} is the best, with the score {best.score:.4g} "
             f"({min(spread):.4g} to {max(spread):.4g} in all); weak members copied strong ones {copies} times.",
-            numbers={"winner": winner, "score": best.score, "copies": copies, "trials": len(trials), "first": start,
-                     "schedule": json.loads(lineage.text())},
-            table=tuple(sorted(rows, key=lambda row: (row["step"], row["trial"]))),
+            numbers={**plain.numbers, "copies": copies, "first": start, "schedule": json.loads(lineage.text()), "importance": weights},
+            table=tuple({**row, "took over": _takeovers(donors[row["trial"]])} for row in plain.table),
+            history=history,
             curve=("step", "score"),
-            notes=(f"The schedule of the winner, to be followed again: {lineage.text()}",),
+            notes=tuple(notes),
         )  # fmt: skip
 
 
-def _before(trial: Trial, place: int) -> int:
-    """The step at which the slice behind mark `place` began."""
-    return trial.marks[place - 1].step if place else 0
+def _takeovers(donors: Sequence[tuple[int, int]]) -> str:
+    """Whom a member took over, and when."""
+    return ", ".join(f"{donor} at step {step:,}" for step, donor in donors) or "nobody"

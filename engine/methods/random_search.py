@@ -56,6 +56,8 @@ class RandomSearch(SearchMethod):
         )
         max_minutes: float = shared.minutes_dial()
 
+    overrides = ("stop",)
+
     @classmethod
     def num_runs(cls, params: Any, facts: Facts) -> float:
         return float(params.trials)

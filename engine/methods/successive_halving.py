@@ -11,13 +11,14 @@ from typing import Any, Literal
 from engine.core.errors import Fault
 from engine.core.facts import Facts
 from engine.core.method import Card, Cost, Figure, SearchMethod
+from engine.core.overrides import VERDICTS
 from engine.core.params import HyperParams, dial
 from engine.core.recipe import Recipe
 from engine.core.space import parse_space
 from engine.core.work import Ask, Mark, Report, Trial
 from engine.parts import halving, rungs
 from engine.parts import trials as shared
-from engine.parts.halving import Rule, Standing
+from engine.parts.halving import Ranks, Rule, Standing
 from engine.parts.rungs import Decision
 
 
@@ -46,6 +47,7 @@ class SuccessiveHalving(SearchMethod):
             "One in ten of the stopped runs is trained to its end all the same, to see what the rule has missed.",
             "In the asynchronous form a run goes on as soon as it is in the top 1/eta, by either list, of those that have reached the rung so far.",
             "Watched only (shadow mode), nobody is stopped, and the report says what the rule would have cost.",
+            "A person may overrule it while it runs: a run that is kept goes on beside the seats, and the seat of a run that is stopped stays empty.",
         ),
         avoid_when="Fewer than six runs: then they are only ranked, and all of them are trained.",
         traps=(
@@ -148,6 +150,8 @@ class SuccessiveHalving(SearchMethod):
             help="raw: as it was measured. corrected: freed of the chance that comes with small batches, where a method of the run reports it.",
         )  # fmt: skip
 
+    overrides = VERDICTS
+
     @classmethod
     def num_runs(cls, params: Any, facts: Facts) -> float:
         p = params
@@ -185,6 +189,7 @@ class SuccessiveHalving(SearchMethod):
         self.decisions: dict[tuple[int, int], Decision] = {}
         self.selections: dict[int, halving.Selection] = {}
         self.reruns: list[int] | None = None
+        self.now: dict[int, Trial] = {}
         self.told: dict[int, str] = {}
 
     def ask(self, trials: Sequence[Trial]) -> list[Ask]:
@@ -196,19 +201,18 @@ class SuccessiveHalving(SearchMethod):
 
     def _in_rounds(self) -> Ask | None:
         """Rung by rung: everybody to the first, then those who were chosen, then whoever is looked at besides."""
-        entrants = list(range(len(self.plan)))
+        entrants, named = list(range(len(self.plan))), self._named()
         for rung in (0, 1, 2):
-            for number in entrants:
-                if not self._reached(number, rung) and not self._lost(number, rung):
+            for number in sorted(entrants, key=lambda n: n not in named):  # who asked for one waits for it
+                if not self._reached(number, rung) and not self._lost(number, rung) and not self._dropped(number):
                     return self._to(number, rung)
             if rung < 2:
-                entrants = self._decide(rung, entrants).going(self._lost_by(rung + 1))
-                for number in entrants:
-                    self._let_go(number, rung, "revived")
+                entrants = self._decide(rung, entrants)
         return self._besides()
 
-    def _decide(self, rung: int, entrants: Sequence[int]) -> halving.Selection:
-        """The decision at a rung that all entrants have reached: made once, and written down with what it was made of."""
+    def _decide(self, rung: int, entrants: Sequence[int]) -> list[int]:
+        """Who goes on at a rung that all entrants have reached: decided once by the rule and written down with what it was made of, and then turned by what
+        people say, and by runs that break down."""
         if rung not in self.selections:
             standings = [self._standing_at(number, rung) for number in entrants]
             chosen = halving.select(standings, self._rule(rung, len(self.plan)), self.kept)
@@ -218,47 +222,69 @@ class SuccessiveHalving(SearchMethod):
                 self._write_down(
                     rung, number, chosen.ranks[number], number in going, chosen.by.get(number, ""), len(entrants)
                 )
-        return self.selections[rung]
+        chosen, lost = self.selections[rung], self._lost_by(rung + 1)
+        named, dropped = self._named(), frozenset(n for n in self.now if self._dropped(n))
+        going = chosen.going(lost, named=named, dropped=dropped)
+        # kept by a person, and here only now: the rule was never asked about it
+        late = [n for n in entrants if n in named - lost and n not in chosen.order and self._reached(n, rung)]
+        for number in late:
+            if (number, rung) not in self.decisions:
+                self._write_down(rung, number, self._ranks(rung).get(number, Ranks()), None, "", len(entrants))
+        for number in going:
+            self._let_go(number, rung, "revived" if lost else "last")
+        return [*going, *late]
+
+    def _ranks(self, rung: int) -> dict[int, Ranks]:
+        """Both rankings of all that have reached a rung so far."""
+        here = [n for n in self.now if self._reached(n, rung) and not self._lost(n, rung)]
+        return halving.ranks_of([self._standing_at(number, rung) for number in here], self.params.goal)
 
     def _besides(self) -> Ask | None:
         """Runs that the rule stopped: all of them when it is only watched, one in ten to check it, and more while minutes are left."""
-        stopped = [n for n in range(len(self.plan)) if n in self.now and not self._ended(n)]
+        stopped = [n for n in range(len(self.plan)) if n in self.now and not self._ended(n) and not self._dropped(n)]
         if self.params.shadow:
             return self._to(stopped[0], self._rung(stopped[0]) + 1) if stopped else None
         if self.reruns is None:
             count = math.floor(self.params.rerun * len(stopped) + 1e-9)
             self.reruns = sorted(self.rng.sample(stopped, count))
         for number in self.reruns:
-            if not self._ended(number):
-                self.told[number] = f"Trial {number} was stopped and is trained to its end to check the rule."
+            if not self._ended(number) and not self._dropped(number):
+                self.told[number] = f"Trial {number} was stopped by the rule and is trained to its end to check it."
                 return self._to(number, 2)
         if self.params.revive and self.params.max_minutes > 0 and stopped:
             number = self._first_of(stopped)
-            self.told[number] = f"Trial {number} was stopped and goes on, because minutes are left."
+            self.told[number] = f"Trial {number} was stopped by the rule and goes on, because minutes are left."
             return self._to(number, 2)
         return None
 
     def _asynchronous(self) -> Ask | None:
         """ASHA: the highest rung with somebody to promote, or else a new run; at the end at least one run is trained whole."""
-        few = len(self.plan) < rungs.LEAST
+        few, named = len(self.plan) < rungs.LEAST, self._named()
+        for number in sorted(named):
+            if number in self.now and self._rung(number) < 0 and not self._ended(number):
+                return self._to(number, 0)
         for rung in (1, 0):
             here = [n for n in self.now if self._reached(n, rung) and not self._lost(n, rung)]
             gone = frozenset(n for n in here if self._rung(n) > rung)
             standings = [self._standing_at(number, rung) for number in here]
             rule = self._rule(rung, len(self.plan))
             able = halving.promotable(standings, rule, gone) if rung or len(here) >= rungs.LEAST else []
-            able += [(n, "") for n in here if (few or n in self.kept) and n not in gone and n not in dict(able)]
+            wanted = self.kept | named
+            able += [(n, "") for n in here if (few or n in wanted) and n not in gone and n not in dict(able)]
+            able = [(n, by) for n, by in able if not self._dropped(n)]
             if able:
                 number, by = able[0]
                 ranks = halving.ranks_of(standings, self.params.goal)
-                self._write_down(rung, number, ranks[number], True, by, len(here))
+                if number not in named or (number, rung) not in self.decisions:
+                    ruled = None if number in named - self.kept and not by and not few else True
+                    self._write_down(rung, number, ranks[number], ruled, by, len(here))
                 return self._to(number, rung + 1)
         if len(self.now) < len(self.plan):
             return self._to(len(self.now), 0)
         self._rest_is_stopped()
         if any(self._ended(n) and not self.now[n].failed for n in self.now):
             return self._besides()
-        left = [n for n in self.now if not self._ended(n)]
+        left = [n for n in self.now if not self._ended(n) and not self._dropped(n)]
         if not left:
             return None
         number = self._first_of(left)
@@ -271,7 +297,9 @@ class SuccessiveHalving(SearchMethod):
             here = [n for n in self.now if self._reached(n, rung) and not self._lost(n, rung)]
             ranks = halving.ranks_of([self._standing_at(n, rung) for n in here], self.params.goal)
             for number in here:
-                if self._rung(number) == rung and not self._ended(number) and (number, rung) not in self.decisions:
+                if (number, rung) in self.decisions or self._ended(number) or self._dropped(number):
+                    continue
+                if self._rung(number) == rung:
                     self._write_down(rung, number, ranks[number], False, "", len(here))
 
     def _first_of(self, numbers: Sequence[int]) -> int:
@@ -312,6 +340,14 @@ class SuccessiveHalving(SearchMethod):
         """The highest rung that it has reached; -1 before the first."""
         return max((rung for rung in (0, 1, 2) if self._reached(number, rung)), default=-1)
 
+    def _dropped(self, number: int) -> bool:
+        """Whether a person has stopped it."""
+        return number in self.now and self.now[number].is_stopped
+
+    def _named(self) -> frozenset[int]:
+        """Runs that a person keeps."""
+        return frozenset(number for number, trial in self.now.items() if trial.is_kept)
+
     def _ended(self, number: int) -> bool:
         return bool(self.now[number].failed) or self._reached(number, 2)
 
@@ -330,20 +366,44 @@ class SuccessiveHalving(SearchMethod):
         """A run that was stopped at a rung goes on after all; why: "revived" or "last"."""
         before = self.decisions.get((number, rung))
         if before is not None and not before.goes_on:
-            self.decisions[number, rung] = replace(before, goes_on=True, by=why, saved_samples=0)
+            self.decisions[number, rung] = replace(before, goes_on=True, ruled=True, by=why, saved_samples=0)
             self.told[number] = self.decisions[number, rung].sentence
 
-    def _write_down(self, rung: int, number: int, ranks: halving.Ranks, goes_on: bool, by: str, entrants: int) -> None:
+    def _write_down(self, rung: int, number: int, ranks: Ranks, ruled: bool | None, by: str, entrants: int) -> None:
+        """The decision about one run. ruled: what the rule says; None where it was not asked, so that a person alone decides."""
         mark = self._mark(number, rung)
         assert mark is not None
         share = (self.params.first_rung, self.params.second_rung)[rung]
-        named = goes_on and by == "" and number in self.kept
+        named = bool(ruled) and by == "" and number in self.kept
         self.decisions[number, rung] = Decision(
-            trial=number, rung=share, goes_on=goes_on, by="named" if named else by, ranks=ranks, entrants=entrants,
-            group=mark.group, saved_samples=0 if goes_on else mark.planned_samples - mark.samples, shadow=self.params.shadow,
-            only_ranked=len(self.plan) < rungs.LEAST,
+            trial=number, rung=share, goes_on=bool(ruled), by="named" if named else by, ranks=ranks, entrants=entrants,
+            group=mark.group, saved_samples=0 if ruled else mark.planned_samples - mark.samples, shadow=self.params.shadow,
+            only_ranked=len(self.plan) < rungs.LEAST, ruled=ruled,
         )  # fmt: skip
         self.told[number] = self.decisions[number, rung].sentence
+        self._turn(self.now[number])
+
+    def heed(self, trial: Trial) -> None:
+        self.now[trial.number] = trial
+        assert trial.override is not None
+        self.told[trial.number] = trial.override.sentence
+        self._turn(trial)
+
+    def _turn(self, trial: Trial) -> None:
+        """Turn the last decision about a run where a person decides otherwise."""
+        keys = [key for key in self.decisions if key[0] == trial.number]
+        if trial.override is None or not keys:
+            return
+        last = self.decisions[keys[-1]]
+        if last.goes_on != trial.is_kept:
+            mark = trial.marks[-1]
+            share = mark.samples / mark.planned_samples if mark.planned_samples else None
+            beyond = share is not None and mark != self._mark(trial.number, keys[-1][1])
+            self.decisions[keys[-1]] = last.turned(
+                goes_on=trial.is_kept, person=trial.override.by, share=share if beyond else None,
+                saved_samples=0 if trial.is_kept else mark.planned_samples - mark.samples,
+            )  # fmt: skip
+            self.told[trial.number] = self.decisions[keys[-1]].sentence
 
     # ── what comes out ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -353,6 +413,8 @@ class SuccessiveHalving(SearchMethod):
             return "failed", trial.failed
         if shared.is_finished(trial):
             return "finished", said
+        if trial.is_stopped:
+            return "stopped", said
         last = [decision for (number, _), decision in self.decisions.items() if number == trial.number]
         stopped = bool(last) and not last[-1].goes_on and not self.params.shadow
         return ("stopped" if stopped else "waiting"), said
@@ -368,7 +430,7 @@ class SuccessiveHalving(SearchMethod):
         checked = [n for n in self.reruns or () if n in self.now and shared.is_finished(self.now[n])]
         survivors = [
             number for number, trial in self.now.items()
-            if shared.is_finished(trial) and number not in checked and all(d.goes_on for d in self._of(number))
+            if shared.is_finished(trial) and number not in checked and all(d.ruled for d in self._of(number))
         ]  # fmt: skip
         plain = shared.search_report(
             "Start many, finish few", trials, winner, self.knobs, planned=len(self.plan), stands=lambda trial: self.standing(trial)[0],

@@ -74,6 +74,8 @@ class TPESearch(SearchMethod):
             help="How many proposals tpe draws before it takes the most promising one.",
         )  # fmt: skip
 
+    overrides = ("stop",)
+
     @classmethod
     def num_runs(cls, params: Any, facts: Facts) -> float:
         return float(params.trials)
@@ -126,7 +128,7 @@ class TPESearch(SearchMethod):
 
     def tell(self, trial: Trial) -> None:
         asked = self.open.pop(trial.number)
-        if trial.failed or not math.isfinite(trial.score):
+        if trial.failed or trial.is_stopped or not math.isfinite(trial.score):
             self.study.tell(asked, state=self.failed_state)
         else:
             self.study.tell(asked, trial.score)

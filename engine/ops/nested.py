@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,35 @@ _TOLD: frozenset[str] = frozenset({"evaluation", "signal", "sample", "log"})
 
 
 class NestedLog(EventLog):
-    """The log of a piece. What a watcher of the whole job wants to see goes to the outer log too, its steps moved behind those before; without the
-    remedies of a piece, which change the recipe of the piece."""
+    """The log of a piece. What a watcher of the whole job wants to see goes to the outer log too, its steps moved behind those before.
 
-    def __init__(self, folder: Path, outer: EventLog, name: str, offset: dict[str, int], total: int) -> None:
+    remedy: what a way out that was proposed inside of the piece means for the whole job, or None; without it, no way out is passed on, for it changes the recipe
+    of the piece.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        outer: EventLog,
+        name: str,
+        offset: dict[str, int],
+        total: int,
+        *,
+        remedy: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda remedy: None,
+    ) -> None:
         super().__init__(folder, interval=outer.interval)
-        self.outer, self.name, self.offset, self.total = outer, name, offset, total
+        self.outer, self.name, self.offset, self.total, self.remedy = outer, name, offset, total, remedy
 
     def emit(self, kind: Kind, data: dict[str, Any], *, step: int = 0, key: str = "") -> None:
         super().emit(kind, data, step=step, key=key)
         behind = step + self.offset["step"]
         if kind in _TOLD:
             shown = {**data, "samples": data["samples"] + self.offset["samples"]} if "samples" in data else data
-            shown = {name: value for name, value in shown.items() if name != "remedy"}
+            if shown.get("remedy"):
+                meant = self.remedy(shown["remedy"])
+                shown = {name: value for name, value in shown.items() if name != "remedy"} | (
+                    {"remedy": meant} if meant else {}
+                )
             self.outer.emit(kind, shown, step=behind, key=f"{self.name}/{key}")
         elif kind == "progress":
             total = max(self.total, behind)

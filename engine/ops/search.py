@@ -3,7 +3,8 @@
 Every trial is a job folder of its own (`trials/003/`) whose run pauses at the end of a slice. Overwriting a trial with a donor links the donor's
 checkpoints into its folder: weights, optimizer moments, counters, generators and data cursor; then its own settings apply. Finished slices stand in
 `slices.jsonl`, with their numbers and the seconds they took; an interrupted search asks the method the same questions again and reads the answers
-there, so that whatever it decided by score, by numbers or by the clock it decides again.
+there, so that whatever it decided by score, by numbers or by the clock it decides again. What a person decided about a trial stands between them, where the
+search took it up: behind a slice (engine.core.overrides).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from engine.core.errors import EngineError
 from engine.core.events import EventLog
 from engine.core.fork import link
 from engine.core.method import Chosen, SearchMethod
+from engine.core.overrides import Override, SliceControl, read_overrides
 from engine.core.recipe import Recipe, canonical
 from engine.core.registry import catalogue
 from engine.core.slots import Slot
@@ -32,6 +35,7 @@ from engine.core.space import is_live_name, with_values
 from engine.core.work import Ask, Mark, Trial
 from engine.ops.check import Checked, require
 from engine.ops.nested import NestedLog, result_of, take_home
+from engine.ops.remedies import for_search
 from engine.ops.slices import TrialTable, numbers_of
 from engine.ops.train import announce, plan, prepare
 from engine.ops.work import Inputs
@@ -71,7 +75,7 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
     method: SearchMethod = lead.method(lead.params)
     (folder / TRIALS).mkdir(exist_ok=True)
     log.emit("state", {"state": "running", "message": f"{lead.method.card.title} begins."})
-    player = _Player(inner.recipe, lead, folder, log, control)
+    player = _Player(inner.recipe, lead, method, folder, log, control)
     table = TrialTable(method, log)
     method.begin(
         SearchContext(recipe=inner.recipe, total_steps=player.total_steps, rng=player.rng, steps_of=player.steps_of)
@@ -85,6 +89,7 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
             for ask in asked:
                 trial = trials.setdefault(ask.trial, Trial(number=ask.trial))
                 player.play(ask, trial, trials, table)
+                player.listen(trials)
                 method.tell(trial)
                 table.standing(trials, player.done_steps)
                 if player.stopped:  # a person said "stop and keep": the best so far goes home
@@ -104,12 +109,17 @@ def run(checked: Checked, folder: Path, log: EventLog, control: Control, *, nest
 class _Player:
     """Trains slices."""
 
-    def __init__(self, recipe: Recipe, lead: Chosen, folder: Path, log: EventLog, control: Control) -> None:
-        self.recipe, self.folder, self.log, self.control = recipe, folder, log, control
-        self.rng = random.Random(f"{recipe.settings.seed}/{lead.slug}")
+    def __init__(
+        self, recipe: Recipe, lead: Chosen, method: SearchMethod, folder: Path, log: EventLog, control: Control
+    ) -> None:
+        self.recipe, self.lead, self.method = recipe, lead, method
+        self.folder, self.log, self.control = folder, log, control
+        self.rng = random.Random(f"{recipe.settings.seed}/{method.card.slug}")
         self.record = folder / RECORD
-        self.finished = _finished(self.record)
-        self.count = 0
+        self.lines = _recorded(self.record)
+        self.place = 0  # in these lines
+        self.count = 0  # of slices
+        self.taken: set[int] = set()  # numbers of the decisions of people that were taken up
         self.done_steps = 0
         self.planned_steps = 0  # of the whole search, as far as it can be said beforehand
         self.elapsed = 0.0
@@ -147,16 +157,14 @@ class _Player:
         trial.values = dict(ask.values)
         table.running(trial, start, max(ask.until, self.steps_of(ask.values)), self.done_steps)
         asked = {"number": self.count, **asdict(ask)}
-        if self.count < len(self.finished):
-            line = self.finished[self.count]
-            if canonical(line["ask"]) != canonical(asked):
+        if self.place < len(self.lines):
+            line = self.lines[self.place]
+            if canonical(line.get("ask")) != canonical(asked):
                 raise RuntimeError("The search asks for something else than before the interruption.")
         else:
             line = {"ask": asked, **self._train(ask, trial, donor, start, asked)}
-            with self.record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._write(line)
+        self.place += 1
         self.count += 1
         self.done_steps += max(0, line["step"] - start)
         score = -math.inf if line["score"] is None else float(line["score"])
@@ -168,6 +176,34 @@ class _Player:
             )
         )
         trial.failed = line["failed"]
+
+    def listen(self, trials: Mapping[int, Trial]) -> None:
+        """Take up what people decided about trials: what the record holds at this place, and at its end whatever is new."""
+        while self.place < len(self.lines) and "override" in self.lines[self.place]:
+            self._take_up(Override(**self.lines[self.place]["override"]), trials)
+        if self.place == len(self.lines) and self.method.overrides:
+            for made in read_overrides(self.folder):
+                if made.number not in self.taken and made.trial in trials:
+                    self._write({"override": asdict(made)})
+                    self._take_up(made, trials)
+
+    def _take_up(self, made: Override, trials: Mapping[int, Trial]) -> None:
+        self.place += 1
+        self.taken.add(made.number)
+        trial = trials[made.trial]
+        ended = bool(trial.failed) or trial.step >= trial.marks[-1].total_steps
+        if not ended:
+            trial.override = made
+            self.method.heed(trial)
+        told = {**asdict(made), "taken": not ended, "message": made.too_late if ended else made.sentence}
+        self.log.emit("override", told, step=self.done_steps, key=str(made.number))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with self.record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def home(self, number: int) -> Path:
         """The folder of a trial."""
@@ -190,14 +226,20 @@ class _Player:
         checked = require(with_values(self.recipe, ask.values))
         offset = {"step": self.done_steps - start, "samples": 0, "tokens": 0}
         ahead = max(self.planned_steps, self.done_steps + ask.until - start)
-        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, ahead)
+        remedy = partial(for_search, trial=checked.recipe, base=self.recipe, lead=self.lead)
+        log = NestedLog(home, self.log, f"trial-{trial.number}", offset, ahead, remedy=remedy)
+        stoppable = "stop" in self.method.overrides
+        control = SliceControl(self.control, trial.number, self.taken) if stoppable else self.control
         try:
-            run = prepare(checked, home, log, self.control, forked=True)
+            run = prepare(checked, home, log, control, forked=True)
             announce(run)
             run.pause_at = ask.until
             ending = train(run)
-            if not ending.exports and (
-                ending.reason != "paused" or run.clock.step < min(ask.until, run.clock.total_steps)
+            cut = isinstance(control, SliceControl) and control.cut
+            if (
+                not ending.exports
+                and not cut
+                and (ending.reason != "paused" or run.clock.step < min(ask.until, run.clock.total_steps))
             ):
                 write_json(marker, {**asked, "spent": spent + time.monotonic() - began})
                 raise _Left(ending)
@@ -254,7 +296,7 @@ def _overwrite(donor: Path, receiver: Path) -> None:
     shutil.copyfile(donor / "events.jsonl", receiver / "events.jsonl")  # its steps up to here are the donor's
 
 
-def _finished(record: Path) -> list[dict[str, Any]]:
+def _recorded(record: Path) -> list[dict[str, Any]]:
     if not record.exists():
         return []
     raw = record.read_bytes()

@@ -63,11 +63,23 @@ class Selection:
     ranks: Mapping[int, Ranks] = field(default_factory=dict)
     kept: frozenset[int] = frozenset()
 
-    def going(self, lost: frozenset[int] = frozenset()) -> list[int]:
-        """Who goes on, in order. lost: runs that broke down since; the next in order is revived in the place of each."""
+    def going(
+        self,
+        lost: frozenset[int] = frozenset(),
+        *,
+        named: frozenset[int] = frozenset(),
+        dropped: frozenset[int] = frozenset(),
+    ) -> list[int]:
+        """Who goes on, in order. lost: runs that broke down since; the next in order is revived in the place of each.
+
+        named: runs that a person keeps, beside the seats; dropped: runs that a person stops, whose seats nobody gets. When nobody at all would be left, the
+        best of the others goes on.
+        """
         able = [trial for trial in self.order if trial not in lost]
         seated = able[: self.seats]
-        return [*seated, *(trial for trial in able[self.seats :] if trial in self.kept)]
+        chosen = [*seated, *(trial for trial in able[self.seats :] if trial in self.kept | named)]
+        left = [trial for trial in chosen if trial not in dropped]
+        return left or [trial for trial in able if trial not in dropped][:1]
 
 
 # ── the two rankings ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -103,6 +103,34 @@ class Population:
         return knob.draw(self.rng)
 
 
+def history_of(trials: Sequence[Trial], knobs: Sequence[Knob]) -> tuple[dict[str, Any], ...]:
+    """One row for each slice of each member, in order of steps: its settings, its score, whom it was copied from before, and its gain.
+
+    gain: by how much the score rose in the slice, minus the mean rise of all members in the same interval; None where either end was not measured. The rise of
+    a first slice is its score, since all begin at the same point.
+    """
+    by_number = {trial.number: trial for trial in trials}
+    rows: list[dict[str, Any]] = []
+    rises: dict[int, list[float]] = {}
+    for trial in trials:
+        for place, mark in enumerate(trial.marks):
+            began = trial.marks[place - 1].step if place else 0
+            donor = next((number for at, number in trial.donors if place and at == began), None)
+            source = trial if donor is None else by_number[donor]
+            before = next((m.score for m in source.marks if m.step == began), 0.0) if began else 0.0
+            rise = mark.score - before
+            if math.isfinite(rise):
+                rises.setdefault(mark.step, []).append(rise)
+            known = mark.score if math.isfinite(mark.score) else None
+            row: dict[str, Any] = {"step": mark.step, "trial": trial.number, "score": known}
+            row |= {knob.name: mark.values.get(knob.name) for knob in knobs}
+            rows.append({**row, "copied from": donor, "gain": rise if math.isfinite(rise) else None})
+    for row in rows:
+        if row["gain"] is not None:
+            row["gain"] -= sum(rises[row["step"]]) / len(rises[row["step"]])
+    return tuple(sorted(rows, key=lambda row: (row["step"], row["trial"])))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
     """The chain of (until step, values) that made a member what it is, over all takeovers: a schedule one run can follow."""

@@ -23,7 +23,8 @@ WITH_GENERAL = (
     "verifiable",
     "preference",
 )  # goals whose held-out scores include the general set
-_LISTS = {HELDOUT: "chosen by kept-back examples", DYNAMICS: "chosen by early signals", "named": "because it was named to be kept",
+BY_YOU = "you"
+_LISTS = {HELDOUT: "chosen by kept-back examples", DYNAMICS: "chosen by early signals", "named": "because the recipe names it",
           "revived": "in the place of one that broke down", "last": "as the best of those that came furthest"}  # fmt: skip
 
 
@@ -34,13 +35,20 @@ class Decision:
     trial: int
     rung: float
     goes_on: bool
-    by: str  # the list that gave it its seat, another of the reasons below, or nothing
+    by: str  # the list that gave it its seat, another of the reasons above, BY_YOU, or nothing
     ranks: Ranks
     entrants: int
     group: str
     saved_samples: int
     shadow: bool = False
     only_ranked: bool = False
+    ruled: bool | None = None  # what the rule itself says; None where a person kept a run that it was not asked about
+    person: str = ""  # who decided otherwise
+    share: float | None = None  # of its examples that it had read when a person decided, where that was not at the rung
+
+    def turned(self, *, goes_on: bool, person: str, saved_samples: int, share: float | None = None) -> Decision:
+        """The same, decided by a person."""
+        return replace(self, goes_on=goes_on, by=BY_YOU, person=person, saved_samples=saved_samples, share=share)
 
     @property
     def sentence(self) -> str:
@@ -54,6 +62,13 @@ class Decision:
         if math.isfinite(r.dynamics_place):
             places.append(f"place {r.dynamics_place:g} of {r.group_size} by early signals")
         found = f"{self.rung:.0%} of its examples ({', '.join(places) or 'nothing was measured'})"
+        if self.by == BY_YOU:
+            against = ", against the rule" if self.ruled is not None and self.ruled != self.goes_on else ""
+            if self.goes_on:
+                return f"Trial {self.trial} goes on after {found}, kept by you ({self.person}){against}."
+            where = found if self.share is None else f"{self.share:.0%} of its examples"
+            saved = f"{self.saved_samples:,} examples are saved"
+            return f"Trial {self.trial} is stopped by you ({self.person}) after {where}{against}; {saved}."
         if self.goes_on:
             why = (
                 "; with fewer than six runs nobody is stopped"
@@ -62,10 +77,15 @@ class Decision:
                 if self.by
                 else ""
             )
-            return f"Trial {self.trial} goes on after {found}{why}."
+            return f"Trial {self.trial} goes on by the rule after {found}{why}."
         if self.shadow:
-            return f"Trial {self.trial} would be stopped after {found}; it goes on because the rule is only watched."
-        return f"Trial {self.trial} is stopped after {found}; {self.saved_samples:,} examples are saved."
+            return f"Trial {self.trial} would be stopped by the rule after {found}; it goes on because the rule is only watched."
+        return f"Trial {self.trial} is stopped by the rule after {found}; {self.saved_samples:,} examples are saved."
+
+    @property
+    def word(self) -> str:
+        """For a cell of the table."""
+        return f"{'goes on' if self.goes_on else 'stops'}{', by you' if self.by == BY_YOU else ''}"
 
     def row(self) -> dict[str, Any]:
         """For the report: rung, both ranks, group size, saved samples."""
@@ -75,6 +95,7 @@ class Decision:
             "trial": self.trial,
             "goes_on": self.goes_on,
             "by": self.by,
+            "person": self.person,
             "group": self.group,
             "group_size": r.group_size,
             "entrants": self.entrants,
@@ -194,8 +215,8 @@ def spoken(decisions: Collection[Decision], planned: int, *, shadow: bool) -> st
         return f"With {planned} trials, fewer than six, they were only ranked."
     parts = []
     for rung in sorted({decision.rung for decision in decisions}):
-        here = [decision for decision in decisions if decision.rung == rung]
-        parts.append(f"{sum(not d.goes_on for d in here)} of {len(here)} at {rung:.0%}")
+        here = [decision for decision in decisions if decision.rung == rung and decision.ruled is not None]
+        parts.append(f"{sum(not d.ruled for d in here)} of {len(here)} at {rung:.0%}")
     return f"{'The rule would have stopped' if shadow else 'The rule stopped'} {' and '.join(parts)}." if parts else ""
 
 
@@ -233,7 +254,7 @@ def full_report(
             ranks = decision.ranks if decision else Ranks()
             more[f"held-out rank at {share:.0%}"] = _known(ranks.heldout_place)
             more[f"early rank at {share:.0%}"] = _known(ranks.dynamics_place)
-            more[f"at {share:.0%}"] = None if decision is None else "goes on" if decision.goes_on else "stops"
+            more[f"at {share:.0%}"] = None if decision is None else decision.word
         table.append({**row, **more})
     numbers = {**plain.numbers, "decisions": [decision.row() for decision in decisions]}
     numbers["saved examples"] = sum(decision.saved_samples for decision in decisions)
@@ -286,7 +307,7 @@ def _add_shadow(
     """What the rule would have cost: regret, whether the best was lost at once, saved samples, and how well each signal foretold the end."""
     lost = halving.regret(final, survivors)
     best = max((n for n in final if math.isfinite(final[n])), key=lambda n: final[n], default=None)
-    stopped_at = {d["trial"]: d["rung"] for d in numbers["decisions"] if not d["goes_on"]}
+    stopped_at = {d["trial"]: d["rung"] for d in numbers["decisions"] if not d["goes_on"] and d["by"] != BY_YOU}
     planned = sum(trial.marks[-1].planned_samples for trial in trials.values() if trial.marks)
     numbers["regret"] = _known(lost)
     numbers["best run stopped at the first look"] = best is not None and stopped_at.get(best) == min(

@@ -133,8 +133,21 @@ def best_trial(trials: Sequence[Trial], score: Callable[[Trial], float] = lambda
             ),
             "diverged",
         )
+    alive = [
+        trial for trial in alive if not trial.is_stopped
+    ] or alive  # a person wanted none of those that are stopped
     far = max(progress(trial) for trial in alive)
     return max((t for t in alive if progress(t) == far), key=lambda trial: (score(trial), -trial.number)).number
+
+
+def overridden(trials: Sequence[Trial]) -> list[str]:
+    """What people decided about single trials, as a sentence for the report; nothing where nobody did."""
+    said = []
+    for word, chosen in (("kept", "keep"), ("stopped", "stop")):
+        made = [t.override for t in trials if t.override is not None and t.override.verdict == chosen]
+        if made:
+            said.append(f"{word.capitalize()} by you: " + ", ".join(f"trial {o.trial} ({o.by})" for o in made) + ".")
+    return said
 
 
 def progress(trial: Trial) -> float:
@@ -218,7 +231,7 @@ def search_report(
     done = [row for row, trial in zip(rows, sorted(trials, key=lambda t: t.number), strict=True) if is_finished(trial)]
     scores = [row["score"] for row in done if row["score"] is not None]
     span = f" ({min(scores):.4g} to {max(scores):.4g} in all)" if len(scores) > 1 else ""
-    settings = ", ".join(f"{short(knob.name)} {number(best.values[knob.name])}" for knob in knobs)
+    settings = ", ".join(f"{short(knob.name)} {number(best.values.get(knob.name))}" for knob in knobs)
     weights = importance(done, knobs)
     full = full_samples(trials, planned)
     numbers: dict[str, Any] = {
@@ -233,7 +246,7 @@ def search_report(
         "importance": weights,
     }
     missing = planned - len(trials)
-    told = [*notes]
+    told = [*notes, *overridden(trials)]
     if missing > 0:
         told.append(
             f"{missing} of the {planned} trials that were planned did not begin, because the search was ended before."

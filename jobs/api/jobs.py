@@ -6,11 +6,12 @@ import uuid
 from typing import Annotated, Any, Literal
 
 from django.http import HttpRequest, HttpResponse
-from ninja import Body, Header, Query, Router, Status
+from ninja import Body, Header, Path, Query, Router, Status
 
 from engine.core.errors import Fault
+from engine.core.overrides import KeepOrStop
 from engine.core.recipe import Recipe
-from jobs import access, actions, comparing, downloads, forks
+from jobs import access, actions, comparing, downloads, forks, overrides
 from jobs.api.auth import who
 from jobs.api.paging import Limit, Order, Page, ordered, paged
 from jobs.api.problems import NOT_FOUND, Problem, refuse
@@ -23,6 +24,7 @@ from jobs.api.schemas import (
     JobList,
     SavedStates,
     TreeOut,
+    TrialsOut,
     job_detail,
     job_out,
 )
@@ -34,8 +36,12 @@ ORDERS = {"created": "created", "name": "name", "status": "status", "ended_at": 
 StatusFilter = Literal[
     "queued", "starting", "running", "stopping", "paused", "lost", "succeeded", "failed", "cancelled"
 ]
-REFUSALS = {"not_possible": 409, "key_reused": 409, "busy": 409, "forbidden": 403, "gone": 404}
-WAYS_OUT = {"key_reused": "Choose a new key for a new job.", "busy": "Ask again in a moment."}
+REFUSALS = {"not_possible": 409, "key_reused": 409, "busy": 409, "forbidden": 403, "gone": 404, "unknown_trial": 404}
+WAYS_OUT = {
+    "key_reused": "Choose a new key for a new job.",
+    "busy": "Ask again in a moment.",
+    "unknown_trial": "Read the list of its trials, which says what is possible for each.",
+}
 MAX_SEQ = 2**63 - 1
 TOO_FEW = Fault(
     where="jobs",
@@ -218,6 +224,27 @@ def _branch(branch: forks.Branch) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@router.get("/{uuid:job_id}/trials", response=TrialsOut, summary="The trials of a search")
+def list_trials(request: HttpRequest, job_id: uuid.UUID) -> Any:
+    """Each trial that has begun, as it stands now, and what you may decide about it. Empty for a run that is no search."""
+    return {"trials": overrides.trials_of(_visible(request, job_id), who(request))}
+
+
+@router.post("/{uuid:job_id}/trials/{trial}/{verdict}", response={202: TrialsOut}, summary="Keep or stop one trial")
+def overrule_trial(
+    request: HttpRequest,
+    response: HttpResponse,
+    job_id: uuid.UUID,
+    trial: Annotated[int, Path(ge=0, le=1_000_000, description="Its number.")],
+    verdict: KeepOrStop,
+) -> Any:
+    """While a search runs, whatever its own rule says. keep: it goes on with the next slice, also when it was stopped. stop: it ends at its next step.
+    The last word counts. The search writes down what it took up as an event "override", and an interrupted search takes up the same at the same place."""
+    job = _execute(request, overrides.Overrule(job=_visible(request, job_id), trial=trial, verdict=verdict))
+    response["Location"] = f"/api/v1/jobs/{job.pk}/trials"
+    return Status(202, {"trials": overrides.trials_of(job, who(request))})
+
+
 @router.get("/{uuid:job_id}/events", response=EventsOut, summary="Events after a number")
 def list_events(
     request: HttpRequest,
@@ -289,7 +316,7 @@ def _visible(request: HttpRequest, job_id: uuid.UUID) -> Job:
     return row
 
 
-def _execute(request: HttpRequest, action: actions.JobAction | actions.Create | forks.Fork) -> Job:
+def _execute(request: HttpRequest, action: actions.JobAction | actions.Create | forks.Fork | overrides.Overrule) -> Job:
     try:
         return action.execute(who(request))
     except actions.ActionRefused as error:

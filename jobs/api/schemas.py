@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ninja import Schema
 from pydantic import ConfigDict, Field
 
+from engine.core.overrides import KeepOrStop
 from jobs.api.paging import PageInfo
 from jobs.models import ApiToken, Artifact, Dataset, Job, ModelEntry
 
@@ -227,6 +228,33 @@ class TreeOut(Schema):
     """The runs that came from one run, by repeating or forking."""
 
     tree: BranchOut
+
+
+class AskedOut(Schema):
+    """What a person has decided about a trial and the search has not yet taken up."""
+
+    verdict: KeepOrStop
+    by: str
+
+
+class TrialOut(Schema):
+    """One trial of a search."""
+
+    trial: int = Field(description="Its number, from 0.")
+    state: str = Field(description="waiting, running, stopped, finished or failed.")
+    done: int = Field(description="Its step.")
+    total: int = Field(description="Its last step.")
+    score: float | None = Field(description="Larger is better; compare only trials that have come equally far.")
+    values: dict[str, Any] = Field(description="Dotted name to value of everything that differs between trials.")
+    message: str = Field(description="Why it stands so, in a sentence that says whether the rule decided or you.")
+    possible: list[KeepOrStop] = Field(description="What you may decide about it now.")
+    asked: AskedOut | None = None
+
+
+class TrialsOut(Schema):
+    """The trials of a search that have begun."""
+
+    trials: list[TrialOut]
 
 
 class ComparisonOut(Schema):

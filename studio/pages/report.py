@@ -32,7 +32,9 @@ def report_of(description: Mapping[str, Any]) -> dict[str, Any] | None:
         "columns": [_title(name) for name in columns],
         "rows": [[(_title(name), _cell(row.get(name))) for name in columns] for row in table[:MAX_ROWS]],
         "more": max(0, len(table) - MAX_ROWS),
-        "curve": _curve(table, report.get("curve")),
+        "curve": _curve(
+            [row for row in report.get("history") or table if isinstance(row, Mapping)], report.get("curve")
+        ),
         "parallel": parallel(table, report.get("knobs"), report.get("score")),
         "importance": importances(report.get("numbers") or {}),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode
@@ -20,7 +20,7 @@ from django.template.loader import render_to_string
 from django.urls import URLPattern, path, reverse
 from django.views.decorators.http import require_GET, require_http_methods
 
-from jobs import actions, forks
+from jobs import actions, forks, overrides
 from jobs.access import Person, jobs_for
 from jobs.downloads import METRICS
 from jobs.models import ACTIVE, TERMINAL, Event, Job, Status
@@ -35,9 +35,8 @@ RUNS_A_PAGE = 20
 SPARK_POINTS = 80
 FIRST_LOOK = 0.1  # of the planned examples, unless a method of the run looks earlier or later
 PARTS = ("head", "strip", "notice", "trials", "signals", "numbers", "samples", "table", "states", "log", "machine")
-MOST_TRIALS = 4000  # events about trials that one look reads
 NOT_MEASURED = {"eval_loss": None, "eval_accuracy": None, "samples": None}
-STORY = ("log", "state", "status", "checkpoint", "child", "trial")
+STORY = ("log", "state", "status", "checkpoint", "child", "trial", "override")
 TABS = {
     "": ("All", ()),
     "active": ("At work", (*ACTIVE, Status.LOST)),
@@ -190,7 +189,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
         "queue_place": telling.in_front(job, request.user) if job.status == Status.QUEUED else None,
         "remedy": telling.remedy(job), "methods": telling.methods(job), "first_look": first_look(job),
         "states": forking.shown_states(job), "family": forks.family(job, request.user),
-        "trials": live_trials(_trial_events(job)),
+        "trials": live_trials(_trials(job, request.user)),
     }  # fmt: skip
 
 
@@ -226,12 +225,12 @@ def summary(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(parts) or "There is nothing to draw yet: the curve begins with the first step."
 
 
-def _trial_events(job: Job) -> Iterator[dict[str, Any]]:
-    """What a search said about its trials, the newest first; nothing is asked for a run that is none."""
-    if job.recipe.get("operation") != "search":
-        return
-    rows = Event.objects.filter(job=job, kind="trial").order_by("-seq")[:MOST_TRIALS]
-    yield from rows.values_list("data", flat=True)
+def _trials(job: Job, user: Person) -> list[dict[str, Any]]:
+    """The trials of a search; without choices while the engine cannot be asked what its method offers."""
+    try:
+        return overrides.trials_of(job, user)
+    except (Refused, OSError, ValueError):
+        return [dict(row) for row in overrides.newest(overrides.trial_events(job)).values()]
 
 
 def _samples(events: Sequence[Event]) -> list[dict[str, Any]]:
@@ -257,7 +256,7 @@ def _samples(events: Sequence[Event]) -> list[dict[str, Any]]:
 def _line(event: Event) -> dict[str, Any] | None:
     """One line of the log, as a sentence."""
     data, text, level = event.data, "", "info"
-    if event.kind in ("log", "state", "trial"):
+    if event.kind in ("log", "state", "trial", "override"):
         text, level = str(data.get("message", "")), str(data.get("level", "info"))
     elif event.kind == "status":
         word = (
@@ -314,6 +313,10 @@ DONE = {
     "again": "The same run once more, from the beginning.",
 }
 ASK_FIRST = ("cancel", "delete")
+TOLD = {
+    "keep": "Trial {trial} is kept: it goes on after the slice that is under way.",
+    "stop": "Trial {trial} is stopped at its next step.",
+}
 ACTIONS = {action.slug: action for action in actions.ACTIONS}
 
 
@@ -346,6 +349,24 @@ def run_action(request: HttpRequest, pk: uuid.UUID, action: str) -> HttpResponse
     return HttpResponseRedirect(reverse("runs") if action == "delete" else reverse("run", args=[changed.pk]))
 
 
+@login_required
+@require_http_methods(["GET", "POST"])
+def run_overrule(request: HttpRequest, pk: uuid.UUID, trial: int, verdict: str) -> HttpResponse:
+    """Keep or stop one trial of a search while it runs."""
+    job = _visible(request, pk)
+    if verdict not in TOLD:
+        raise Http404
+    back = HttpResponseRedirect(f"{reverse('run', args=[job.pk])}#trials-title")
+    if request.method == "POST":
+        try:
+            overrides.Overrule(job=job, trial=trial, verdict=verdict).execute(request.user)  # type: ignore[arg-type]
+        except (actions.ActionRefused, Refused) as error:
+            tell_refusal(request, error)
+        else:
+            messages.success(request, TOLD[verdict].format(trial=trial))
+    return back
+
+
 def _again(user: Person, job: Job, change: str) -> Job:
     """The same run once more; with the change that mends its failure when that was the button."""
     found = telling.remedy(job) if change == "remedy" else None
@@ -364,6 +385,7 @@ urlpatterns: list[URLPattern] = [
     path("runs/<uuid:pk>/", run, name="run"),
     path("runs/<uuid:pk>/parts/", run_parts, name="run-parts"),
     path("runs/<uuid:pk>/fork/", forking.run_fork, name="run-fork"),
+    path("runs/<uuid:pk>/trials/<int:trial>/<slug:verdict>/", run_overrule, name="run-overrule"),
     path("runs/<uuid:pk>/<slug:action>/", run_action, name="run-action"),
     path("results/", results.results, name="results"),
     path("results/<uuid:pk>/", results.result, name="result"),

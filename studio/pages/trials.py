@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studio.pages import words
@@ -21,13 +21,9 @@ def setting_title(name: str) -> str:
     return f"{text[:1].upper()}{text[1:]}"
 
 
-def live_trials(newest_first: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The table of a running search from its "trial" events, the newest first; None for a run that is no search."""
-    latest: dict[int, Mapping[str, Any]] = {}
-    for event in newest_first:
-        number = event.get("trial")
-        if isinstance(number, int):
-            latest.setdefault(number, event)
+def live_trials(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The table of a running search from its trials as they stand (jobs.overrides.trials_of); None for a run that is no search."""
+    latest = {row["trial"]: row for row in trials}
     if not latest:
         return None
     names = list(dict.fromkeys(str(name) for number in sorted(latest) for name in latest[number].get("values") or {}))
@@ -50,6 +46,8 @@ def live_trials(newest_first: Iterable[Mapping[str, Any]]) -> dict[str, Any] | N
             "says": STATES.get(str(row.get("state")), str(row.get("state", ""))),
             "message": str(row.get("message") or ""),
             "best": row["trial"] == best,
+            "possible": list(row.get("possible") or ()),
+            "asked": _asked(row.get("asked")),
         }
         for row in order
     ]
@@ -59,7 +57,20 @@ def live_trials(newest_first: Iterable[Mapping[str, Any]]) -> dict[str, Any] | N
         "more": max(0, len(rows) - MOST_ROWS),
         "count": len(rows),
         "over": sum(row["state"] in ("finished", "stopped", "failed") for row in rows),
+        "any_possible": any(row["possible"] for row in rows),
     }
+
+
+def _asked(asked: Mapping[str, Any] | None) -> str:
+    """What a person has decided and the search has not taken up yet."""
+    if not asked:
+        return ""
+    what = (
+        "keep this trial: it goes on after the slice that is under way"
+        if asked["verdict"] == "keep"
+        else "stop this trial: it ends at its next step"
+    )
+    return f"{asked['by']} has said to {what}."
 
 
 def importances(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -69,6 +69,10 @@ ROUTES: dict[str, Route] = {
     "GET /jobs/{job_id}/checkpoints": Route("object", kit.job, slow=True),
     "POST /jobs/{job_id}/fork": Route("object", kit.job, {"changes": {}}, slow=True),
     "GET /jobs/{job_id}/tree": Route("object", kit.job),
+    "GET /jobs/{job_id}/trials": Route("object", kit.job),
+    "POST /jobs/{job_id}/trials/{trial}/{verdict}": Route(
+        "object", kit.job, more={"trial": "0", "verdict": "keep"}, slow=True
+    ),
     "GET /jobs/{job_id}/events": Route("object", kit.job),
     "GET /jobs/{job_id}/series": Route("object", kit.job),
     "GET /jobs/{job_id}/events.csv": Route("object", kit.job),

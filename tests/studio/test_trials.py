@@ -13,6 +13,7 @@ import pytest
 from engine.core.recipe import parse_recipe
 from engine.ops.check import require
 from engine.ops.folder import run_folder
+from jobs import overrides
 from jobs.ingest import Ingester
 from jobs.models import Job, ModelEntry, Status
 from jobs.places import job_folder
@@ -66,14 +67,13 @@ def test_nothing_is_drawn_where_there_is_nothing_to_draw(table: Any, knobs: Any,
 
 
 def test_the_live_table_takes_the_newest_word_of_each_trial_and_marks_the_best() -> None:
-    shown = live_trials(
-        [
-            event(1, "running", -2.0),
-            event(0, "stopped", -1.0, message="Why."),
-            event(2, "failed"),
-            event(1, "waiting", -9.0),
-        ]
-    )
+    told = [
+        event(1, "running", -2.0),
+        event(0, "stopped", -1.0, message="Why."),
+        event(2, "failed"),
+        event(1, "waiting", -9.0),
+    ]
+    shown = live_trials(list(overrides.newest(told).values()))
     assert shown is not None
     assert [(row["trial"], row["state"], row["best"]) for row in shown["rows"]] == [
         (1, "running", False),
@@ -81,7 +81,7 @@ def test_the_live_table_takes_the_newest_word_of_each_trial_and_marks_the_best()
         (2, "failed", False),
     ]
     assert shown["over"] == 2 and shown["columns"] == ["Learning rate"] and shown["rows"][2]["score"] == "–"
-    assert live_trials([]) is None and live_trials([{"trial": "x"}]) is None
+    assert live_trials([]) is None and not overrides.newest([{"trial": "x"}])
 
 
 def test_a_real_search_tells_its_trials_while_it_runs_and_draws_them_afterwards(

@@ -21,7 +21,7 @@ from engine.core.work import Mark, Trial
 from engine.ops import search
 from engine.ops.check import check, require
 from engine.ops.folder import run_folder
-from engine.parts.population import Lineage, Population
+from engine.parts.population import Lineage, Population, history_of
 from engine.train import checkpoint
 from tests.engine.tiny import Tiny, events, lay
 
@@ -230,6 +230,44 @@ def test_the_schedule_of_the_winner_gives_its_weights_again_bit_for_bit(tiny: Ti
     assert won.step == replayed.step == 12
     for mine, theirs in ((won.trainables, replayed.trainables), (won.optimizer, replayed.optimizer)):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_the_report_has_a_row_a_member_and_says_what_mattered(tiny: Tiny, tmp_path: Path) -> None:
+    """In the shape of every search, so that its pages draw it; and the course of each member beside it."""
+    folder = lay(tmp_path, require(recipe(tiny, "learning_rate=1e-3..3e-1")).recipe)
+    assert run_folder(folder)["outcome"] == "succeeded"
+    report = json.loads((folder / "artifact" / "artifact.json").read_text())["report"]
+    assert report["knobs"] == [RATE] and report["score"] == "score" and report["curve"] == ["step", "score"]
+    assert [row["trial"] for row in report["table"]] == [0, 1, 2, 3]
+    assert all(
+        {RATE, "score", "state", "step", "took over"} <= row.keys() and row["step"] == 12 for row in report["table"]
+    )
+    assert len(report["history"]) == 16 and report["numbers"]["importance"] == {RATE: 1.0}
+    for step in (3, 6, 9, 12):
+        assert sum(row["gain"] for row in report["history"] if row["step"] == step) == pytest.approx(0.0, abs=1e-9)
+    told = events(folder, "trial")
+    assert {event["state"] for event in told} >= {"running", "waiting", "finished"}
+    copies = [event for event in told if event["message"].startswith("Took over member ")]
+    assert len({event["trial"] for event in copies}) == len(
+        [row for row in report["table"] if row["took over"] != "nobody"]
+    )
+
+
+def test_a_gain_is_counted_from_whoever_was_taken_over() -> None:
+    def mark(step: int, score: float) -> Mark:
+        return Mark(step=step, score=score, values={RATE: 0.1})
+
+    one = Trial(number=0, marks=[mark(5, -4.0), mark(10, -1.0)], donors=[(5, 1)])
+    two = Trial(number=1, marks=[mark(5, -2.0), mark(10, -2.0)])
+    three = Trial(number=2, marks=[mark(5, -math.inf)], failed="It diverged.")
+    rows = history_of([one, two, three], [Knob(name=RATE, low=1e-4, high=1e-1)])
+    assert [(row["step"], row["trial"], row["gain"], row["copied from"]) for row in rows] == [
+        (5, 0, -1.0, None),
+        (5, 1, 1.0, None),
+        (5, 2, None, None),
+        (10, 0, 0.5, 1),
+        (10, 1, -0.5, None),
+    ]
 
 
 def test_stop_and_keep_takes_the_best_so_far_home(tiny: Tiny, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from engine.core.errors import EngineError
 from engine.core.method import SearchMethod
+from engine.core.overrides import KeepOrStop, Override
 from engine.core.recipe import Recipe, parse_recipe
 from engine.core.registry import catalogue
 from engine.core.space import Knob
@@ -42,9 +43,15 @@ def method(slug: str, seed: int = 1, steps: int = 100, **params: Any) -> SearchM
 
 
 def play(
-    made: SearchMethod, shown: Shown, *, seconds: float = 60.0, failing: Mapping[int, int] | None = None
+    made: SearchMethod,
+    shown: Shown,
+    *,
+    seconds: float = 60.0,
+    failing: Mapping[int, int] | None = None,
+    said: Mapping[int, tuple[int, KeepOrStop]] | None = None,
 ) -> tuple[dict[int, Trial], list[Ask]]:
-    """Drive a search without training: `shown(values, step)` is what a slice shows; every slice takes `seconds`; failing: trial -> step it cannot pass."""
+    """Drive a search without training: `shown(values, step)` is what a slice shows; every slice takes `seconds`; failing: trial -> step it cannot pass;
+    said: number of slices behind which a person decides -> (trial, verdict)."""
     trials: dict[int, Trial] = {}
     asked: list[Ask] = []
     elapsed = 0.0
@@ -66,6 +73,10 @@ def play(
                     **shown(ask.values, ask.until),
                 }
                 trial.marks.append(Mark(step=ask.until, values=dict(ask.values), elapsed=elapsed, **numbers))
+            if said and len(asked) in said:
+                number, verdict = said[len(asked)]
+                trials[number].override = Override(number=len(asked), trial=number, verdict=verdict, by="ada")
+                made.heed(trials[number])
             made.tell(trial)
     return trials, asked
 
