@@ -80,7 +80,7 @@ class Installation:
         while time.monotonic() < until and self.process.poll() is None:
             link = re.search(r"http\S+/enter/\S+", self.output.read_text())
             if not entered and link:
-                entered = self.session.get(link[0], timeout=30).ok
+                entered = self.session.get(link[0], timeout=START_SECONDS).ok
             if (
                 entered
                 and self.get("health")["engine"]

@@ -21,6 +21,7 @@ from tests.ports import free_port
 ROOT = Path(__file__).resolve().parents[2]
 PERSON, PASSWORD = "ada", "a bonsai grows slowly"
 START_SECONDS = 180.0
+LOG_IN_MS = 120_000  # the first page waits for the engine, which may still be starting
 
 
 class Installation:
@@ -94,8 +95,8 @@ class Installation:
         page.goto(f"{self.address}/login/")
         page.fill("[name=username]", PERSON)
         page.fill("[name=password]", PASSWORD)
-        page.press("[name=password]", "Enter")
-        page.wait_for_url(f"{self.address}/")
+        page.press("[name=password]", "Enter", timeout=LOG_IN_MS)
+        page.wait_for_url(f"{self.address}/", timeout=LOG_IN_MS)
         page.close()
 
     def post(self, context: BrowserContext, path: str, body: Any) -> Any:

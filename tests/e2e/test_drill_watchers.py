@@ -108,7 +108,7 @@ class Drill:
     def _sit(self, seat: Seat) -> None:
         if seat.job or not self._goes_on():
             return
-        steps = self.dice.randint(2, 30)
+        steps = self.dice.randint(2, 12)
         plan = {**SHORT["settings"], "max_steps": steps, "evaluations": self.dice.randint(1, 3), "seed": self.begun}
         body = {**SHORT, "name": f"Run {self.begun + 1}", "settings": plan}
         seat.enough = self.dice.choice([self.dice.randint(0, steps), self.dice.randint(0, steps), math.inf])
