@@ -47,7 +47,7 @@ class SuccessiveHalving(SearchMethod):
             "One in ten of the stopped runs is trained to its end all the same, to see what the rule has missed.",
             "In the asynchronous form a run goes on as soon as it is in the top 1/eta, by either list, of those that have reached the rung so far.",
             "Watched only (shadow mode), nobody is stopped, and the report says what the rule would have cost.",
-            "A person may overrule it while it runs: a run that is kept goes on beside the seats, and the seat of a run that is stopped stays empty.",
+            "A person may overrule it while it runs: a run that is kept goes on beside the seats, and the seat that a stopped run held stays empty.",
         ),
         avoid_when="Fewer than six runs: then they are only ranked, and all of them are trained.",
         traps=(
@@ -214,7 +214,7 @@ class SuccessiveHalving(SearchMethod):
         """Who goes on at a rung that all entrants have reached: decided once by the rule and written down with what it was made of, and then turned by what
         people say, and by runs that break down."""
         if rung not in self.selections:
-            standings = [self._standing_at(number, rung) for number in entrants]
+            standings = [self._standing_at(number, rung) for number in entrants if not self._is_guest(number, rung)]
             chosen = halving.select(standings, self._rule(rung, len(self.plan)), self.kept)
             self.selections[rung] = chosen
             going = chosen.going()
@@ -231,8 +231,14 @@ class SuccessiveHalving(SearchMethod):
             if (number, rung) not in self.decisions:
                 self._write_down(rung, number, self._ranks(rung).get(number, Ranks()), None, "", len(entrants))
         for number in going:
-            self._let_go(number, rung, "revived" if lost else "last")
+            if number not in dropped:
+                self._let_go(number, rung, "revived" if lost else "last")
         return [*going, *late]
+
+    def _is_guest(self, number: int, rung: int) -> bool:
+        """Whether it is at this rung only because a person kept it at the one before: then the rule deals it no seat, so that nobody loses one to it."""
+        before = self.decisions.get((number, rung - 1))
+        return before is not None and before.by == rungs.BY_YOU and not before.ruled
 
     def _ranks(self, rung: int) -> dict[int, Ranks]:
         """Both rankings of all that have reached a rung so far."""
@@ -268,7 +274,10 @@ class SuccessiveHalving(SearchMethod):
             gone = frozenset(n for n in here if self._rung(n) > rung)
             standings = [self._standing_at(number, rung) for number in here]
             rule = self._rule(rung, len(self.plan))
-            able = halving.promotable(standings, rule, gone) if rung or len(here) >= rungs.LEAST else []
+            ruled = [standing for standing in standings if not self._is_guest(standing.trial, rung)]
+            seated = frozenset(n for n in gone if not self._is_guest(n, rung) and not self._is_guest(n, rung + 1))
+            able = halving.promotable(ruled, rule, seated) if rung or len(here) >= rungs.LEAST else []
+            able = [(n, by) for n, by in able if n not in gone]
             wanted = self.kept | named
             able += [(n, "") for n in here if (few or n in wanted) and n not in gone and n not in dict(able)]
             able = [(n, by) for n, by in able if not self._dropped(n)]
@@ -276,8 +285,8 @@ class SuccessiveHalving(SearchMethod):
                 number, by = able[0]
                 ranks = halving.ranks_of(standings, self.params.goal)
                 if number not in named or (number, rung) not in self.decisions:
-                    ruled = None if number in named - self.kept and not by and not few else True
-                    self._write_down(rung, number, ranks[number], ruled, by, len(here))
+                    asked = by or few or number not in named - self.kept
+                    self._write_down(rung, number, ranks[number], True if asked else None, by, len(here))
                 return self._to(number, rung + 1)
         if len(self.now) < len(self.plan):
             return self._to(len(self.now), 0)
@@ -380,7 +389,8 @@ class SuccessiveHalving(SearchMethod):
             group=mark.group, saved_samples=0 if ruled else mark.planned_samples - mark.samples, shadow=self.params.shadow,
             only_ranked=len(self.plan) < rungs.LEAST, ruled=ruled,
         )  # fmt: skip
-        self.told[number] = self.decisions[number, rung].sentence
+        if not self._dropped(number):
+            self.told[number] = self.decisions[number, rung].sentence
         self._turn(self.now[number])
 
     def heed(self, trial: Trial) -> None:

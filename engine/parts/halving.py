@@ -72,14 +72,15 @@ class Selection:
     ) -> list[int]:
         """Who goes on, in order. lost: runs that broke down since; the next in order is revived in the place of each.
 
-        named: runs that a person keeps, beside the seats; dropped: runs that a person stops, whose seats nobody gets. When nobody at all would be left, the
-        best of the others goes on.
+        named: runs that a person keeps, beside the seats; dropped: runs that a person stops: they stay in the list, so that nobody gets their seats, and
+        are trained no more. When nobody else would be left, the best of the others goes on.
         """
         able = [trial for trial in self.order if trial not in lost]
         seated = able[: self.seats]
         chosen = [*seated, *(trial for trial in able[self.seats :] if trial in self.kept | named)]
-        left = [trial for trial in chosen if trial not in dropped]
-        return left or [trial for trial in able if trial not in dropped][:1]
+        if set(chosen) - dropped:
+            return chosen
+        return [*chosen, *[trial for trial in able if trial not in dropped][:1]]
 
 
 # ── the two rankings ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from engine.core.overrides import read_overrides
-from jobs import overrides
-from jobs.models import Event, Job, Status
+from jobs import actions, overrides
+from jobs.models import Event, Job, ModelEntry, Status
 from jobs.places import job_folder
 from tests.jobs import api_kit as kit
 from tests.jobs.api_kit import Caller
@@ -138,3 +138,31 @@ def test_a_search_that_is_over_and_a_training_have_no_buttons(ada: Visitor) -> N
     page = ada.read(f"/runs/{a_search(ada.user, Status.CANCELLED).pk}/")
     assert 'id="trials-title"' in page and "Keep trial" not in page and "Stop trial" not in page
     assert "trials-title" not in ada.read(f"/runs/{kit.job(ada.user, Status.RUNNING).pk}/")
+
+
+def test_a_way_out_that_was_found_in_a_trial_starts_the_search_again_with_it(
+    ada: Visitor, starters: ModelEntry
+) -> None:
+    recipe = {
+        "operation": "search",
+        "task": "classify",
+        "model": {"source": starters.source},
+        "data": {"source": "starter:customer-messages"},
+        "methods": [{"slug": "random-search", "params": {"space": "learning_rate=1e-4..1"}}, {"slug": "lora"}],
+        "settings": {"max_steps": 4},
+    }
+    job = actions.Create(owner=ada.user, recipe=recipe).execute(ada.user)
+    Job.objects.filter(pk=job.pk).update(status=Status.RUNNING, last_seq=2)
+    remedy = {
+        "title": "Start the search again with learning rate from 0.0001 to 0.01",
+        "start": "beginning",
+        "changes": {"methods.0.params.space": "learning_rate=0.0001..0.01"},
+    }
+    signal = {"action": "warn", "rule": "divergence", "message": "It diverges.", "numbers": {}, "remedy": remedy}
+    Event.objects.create(job=job, seq=2, log_seq=2, kind="signal", step=3, time=1.0, data=signal)
+    assert str(remedy["title"]) in ada.read(f"/runs/{job.pk}/")
+    assert ada.post(f"/runs/{job.pk}/fork/", {"remedy": "2"}).status_code == 302
+    made = Job.objects.get(again_of=job)
+    assert made.recipe["operation"] == "search" and made.fork_step is None
+    assert [ref["slug"] for ref in made.recipe["methods"]][:2] == ["random-search", "lora"]
+    assert made.recipe["methods"][0]["params"]["space"] == "learning_rate=0.0001..0.01"

@@ -76,12 +76,12 @@ def test_a_run_that_was_stopped_is_revived_at_the_next_opportunity_and_goes_to_i
     trials, asked = play(made, hill, said={13: (number, "keep")})
     assert asked[13].trial == number, "it has the next slice"
     assert [ask.until for ask in asked if ask.trial == number] == [10, 30, 100]
-    assert sum(ask.until == 100 for ask in asked) == 4, "three of five who reached the second look, and it beside them"
+    assert sum(ask.until == 100 for ask in asked) == 3, "two of the four whom the rule chose, and it beside them"
     report = outcome(made, trials)
     mine = [d for d in report.numbers["decisions"] if d["trial"] == number]
     assert [(d["by"], d["person"], d["goes_on"]) for d in mine] == [("you", "ada", True)] * 2
     assert "Stopped by you" not in " ".join(report.notes)
-    assert "The rule stopped 8 of 12 at 10% and 2 of 5 at 30%." in report.sentence, "what the rule said stays its own"
+    assert "The rule stopped 8 of 12 at 10% and 2 of 4 at 30%." in report.sentence, "what the rule said stays its own"
     assert f"Kept by you: trial {number} (ada)." in report.notes
     assert report.table[number]["at 10%"] == "goes on, by you" and made.standing(trials[number])[0] == "finished"
 
@@ -114,6 +114,21 @@ def test_a_survivor_that_is_stopped_leaves_its_seat_empty() -> None:
     assert made.winner(list(trials.values())) != winner
     state, said = made.standing(trials[winner])
     assert state == "stopped" and "is stopped by you (ada)" in said and said.endswith("examples are saved.")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_decision_concerns_its_trial_alone(asynchronous: bool) -> None:
+    plain, _ = play(halved(asynchronous=asynchronous), hill)
+    ended = {n for n, trial in plain.items() if trial.step == 100}
+    for when in (13, 15, 16, 17):
+        number = worst(asynchronous=asynchronous)
+        trials, _ = play(halved(asynchronous=asynchronous), hill, said={when: (number, "keep")})
+        assert {n for n, trial in trials.items() if trial.step == 100} == ended | {number}, f"kept behind slice {when}"
+        least = min(ended)
+        trials, _ = play(halved(asynchronous=asynchronous), hill, said={when: (least, "stop")})
+        left = {n for n, trial in trials.items() if trial.step == 100}
+        assert ended - {least} <= left, f"stopped behind slice {when}: nobody else loses a seat"
+        assert when < 16 or left <= ended, "behind both looks nobody gets its seat either"
 
 
 def test_a_decision_by_the_rule_says_so() -> None:
