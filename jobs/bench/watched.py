@@ -20,7 +20,7 @@ from engine.bench.pages import Goal, Section, Study
 from jobs.bench.apart import Helper
 from jobs.bench.installation import STARTER_JOB, Installation
 
-NUM_VIEWERS, NUM_TURNS, TURN_SECONDS = 10, 60, 2.0
+NUM_VIEWERS, NUM_TURNS, TURN_SECONDS = 10, 40, 3.0
 SETTLE_SECONDS = 0.3  # from coming in or leaving until a turn begins
 TRAINING = {
     "name": "watched",
@@ -72,9 +72,17 @@ class WatchedRun:
             if heard["num_frames"] < num or heard["gaps"] or heard["closed"]:
                 raise RuntimeError(f"{num} viewers watched a run for {seconds} seconds and heard {heard}.")
             self.crowd.ask(do="close", group="viewers")
-        time.sleep(SETTLE_SECONDS)
-        steps = [at for at in _step_times(self.studio, self.job) if began <= at <= ended]
+        steps = [at for at in self._told_until(ended) if began <= at <= ended]
         return Turn(statistics.median(b - a for a, b in itertools.pairwise(steps)), spent / len(steps))
+
+    def _told_until(self, moment: float) -> list[float]:
+        """When steps ended, as soon as one is told of that came after `moment`."""
+        for _ in range(300):
+            steps = _step_times(self.studio, self.job)
+            if steps[-1] > moment:
+                return steps
+            time.sleep(0.1)
+        raise RuntimeError("The run takes no steps any more.")
 
 
 def row(num: int, turns: Sequence[Turn]) -> tuple[str, ...]:
