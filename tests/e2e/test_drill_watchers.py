@@ -27,7 +27,7 @@ from tests.e2e.lines import Lines
 from tests.e2e.watching import SERIES, SHORT, all_events, expected
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-NUM_RUNS = often("BONSAI_DRILL_WATCHERS", 4)
+NUM_RUNS = often("BONSAI_DRILL_WATCHERS", 3)
 MOST_SECONDS = float(
     os.environ.get("BONSAI_DRILL_SECONDS", "150")
 )  # after them no run begins; what was reached is what is told

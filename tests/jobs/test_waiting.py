@@ -16,9 +16,9 @@ def test_a_click_is_soon_a_step_and_the_web_process_stays_free_of_torch(monkeypa
     monkeypatch.setenv("BONSAI_THREADS", "1")  # on a busy machine two threads wait for each other
     with Installation() as studio:
         pids = studio.processes()
-        found = [click(studio, number) for number in range(4)]
+        found = [click(studio, number) for number in range(3)]
         cold = cold_script()
-        assert len(studio.visit_every_page(limit=80)) > 60
+        assert len(studio.visit_every_page(limit=60)) > 45
         assert maps_library(pids["engine"], "libtorch"), "the engine service does hold it"
         assert not maps_library(pids["web"], "libtorch")
         assert resident_megabytes(pids["web"]) < 95

@@ -37,10 +37,10 @@ def until(holds: Any, seconds: float = 180.0) -> Any:
     return found
 
 
-def test_forty_forks_answer_and_none_stays_behind(yard: Yard) -> None:
-    found = yard.soak(40)
+def test_twenty_forks_answer_and_none_stays_behind(yard: Yard) -> None:
+    found = yard.soak(20)
     assert found.faults == [] and found.zombies == 0
-    assert found.num_jobs == 4 and found.num_calls == 36
+    assert found.num_jobs == 2 and found.num_calls == 18
     assert found.open_files[0] == found.open_files[1], "every handle is closed"
 
 
@@ -57,7 +57,7 @@ def test_a_killed_child_is_noticed_with_its_signal(yard: Yard) -> None:
     assert yard.zombies() == []
 
 
-def test_work_for_a_gpu_goes_to_a_process_that_waits_and_a_successor_comes(yard: Yard) -> None:
+def test_work_for_a_gpu_goes_to_a_process_that_waits_and_a_successor_comes_also_when_it_dies(yard: Yard) -> None:
     """Without a GPU the process sees none and works on the processor; who takes the order, and what follows, is the same."""
     assert yard.client.call("ping")["spare"] is None, "where no GPU is, nothing waits"
     first = yard.job("on-gpu", gpu="0")
@@ -74,10 +74,6 @@ def test_work_for_a_gpu_goes_to_a_process_that_waits_and_a_successor_comes(yard:
     assert second["pid"] == waiting, "the one that waited took it"
     assert yard.client.call("ping")["spare"] != waiting, "and takes no other"
 
-
-def test_a_waiting_process_that_dies_is_replaced(yard: Yard) -> None:
-    if yard.client.call("ping")["spare"] is None:
-        yard.job("makes-one", gpu="0")
     waiting = until(lambda: yard.client.call("ping")["spare"])
     os.kill(waiting, 9)
     until(lambda: yard.client.call("ping")["spare"] != waiting)
