@@ -15,7 +15,6 @@ from typing import IO
 from django.conf import settings
 
 from engine.core.control import write_json
-from jobs import forwarding
 from jobs.places import engine_socket, home
 from jobs.processes import TRAINING, is_alive, process_start, signal_group
 
@@ -143,7 +142,11 @@ def web_command(host: str, port: int | str) -> list[str]:
 def parts(host: str, port: int) -> list[Part]:
     """Engine service, consumer and web server, and where curves are sent to a tracker, who does that."""
     python, manage = sys.executable, str(ROOT / "manage.py")
-    forwards = settings.BONSAI_FORWARD and forwarding.targets()[0]
+    forwards = []
+    if settings.BONSAI_FORWARD:
+        from jobs.forwarding import targets  # needs the models, which nobody else here does
+
+        forwards = targets()[0]
     return [
         Part(
             "engine",
