@@ -6,6 +6,7 @@ and everything that spells its layers like one of them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,6 +117,12 @@ class Layout:
 
 def find_blocks(tensors: Shapes) -> Layout:
     """Sort tensors, given by name and shape, into layers. Only piles of layers that hold attention count; the rest lies outside."""
+    return _layout(tuple((name, tuple(shape)) for name, shape in tensors.items()))
+
+
+@functools.lru_cache(maxsize=32)  # a check of one recipe asks a dozen times about the same model
+def _layout(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Layout:
+    tensors = dict(shapes)
     piles: dict[str, dict[int, dict[str, list[str]]]] = {}
     outside: list[str] = []
     for name in tensors:
