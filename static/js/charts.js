@@ -95,12 +95,13 @@ function copy(curve) {
   return { step: [...curve.step], samples: [...curve.samples], seconds: [...curve.seconds], value: [...curve.value] };
 }
 
-/** Exponential moving average, corrected for its start; a missing value stays a hole. */
-export function smoothed(values, weight) {
+/** Exponential moving average, corrected for its start; a missing value stays a hole. It begins anew where the examples do: at another trial. */
+export function smoothed(values, weight, samples = []) {
   if (!weight) return values;
   let mean = 0;
   let mass = 0;
-  return values.map((value) => {
+  return values.map((value, place) => {
+    if (samples[place] < samples[place - 1]) mean = mass = 0;
     if (value === null) return null;
     mean = weight * mean + (1 - weight) * value;
     mass = weight * mass + (1 - weight);
@@ -327,13 +328,22 @@ export class RunChart {
     return from < 0 || to < from ? [0, axis.length] : [Math.max(0, from - 1), Math.min(axis.length, to + 2)];
   }
 
-  line(curve, values, style) {
+  /** What a line goes through: places in the curve, -1 for a gap, and where they are drawn. */
+  points(curve, values) {
     const size = this.unit().size;
-    const places = thinned(values, ...this.range(curve), MOST_DRAWN);
-    return {
-      type: "scatter", mode: "lines", hoverinfo: "none", connectgaps: false,
-      x: places.map((place) => curve[this.axis][place] / size), y: places.map((place) => values[place]), ...style,
-    };
+    const places = [];
+    for (const place of thinned(values, ...this.range(curve), MOST_DRAWN)) {
+      const before = places.at(-1);
+      if (before !== undefined && curve.samples[place] < curve.samples[before]) places.push(-1); // another trial of a search: no line leads there
+      places.push(place);
+    }
+    const at = (column, unit) => places.map((place) => (place < 0 || column[place] === null ? null : column[place] / unit));
+    return { places, x: at(curve[this.axis], size), y: at(values, 1) };
+  }
+
+  line(curve, values, style) {
+    const { x, y } = this.points(curve, values);
+    return { type: "scatter", mode: "lines", hoverinfo: "none", connectgaps: false, x, y, ...style };
   }
 
   traces() {
@@ -347,7 +357,7 @@ export class RunChart {
     const raw = (hue) => ({ line: { color: hue, width: this.smoothing > 0 ? 1 : 1.75 }, opacity: soft });
     const traces = [this.line(loss, loss.value, raw(green)), ...this.lower(raw(pink), pink)];
     if (this.smoothing > 0) {
-      const calm = smoothed(loss.value, this.smoothing);
+      const calm = smoothed(loss.value, this.smoothing, loss.samples);
       traces.push(this.line(loss, calm, { line: { color: green, width: 2.5, shape: "linear" } }));
       if (!this.ended && !this.detail && calm.length) {
         traces.push({ type: "scatter", mode: "markers", hoverinfo: "none", cliponaxis: false, x: [loss[this.axis].at(-1) / size], y: [calm.at(-1)],
@@ -355,10 +365,11 @@ export class RunChart {
       }
     }
     const best = held.value.length < 2 ? -1 : held.value.reduce((least, value, place) => (value !== null && (least < 0 || value < held.value[least]) ? place : least), -1);
+    const { places } = this.points(held, held.value);
+    const marked = (chosen, others) => places.map((place) => (place === best ? chosen : others));
     traces.push({
       ...this.line(held, held.value, { mode: "lines+markers", cliponaxis: false, line: { color: blue, width: 2, dash: "6px,3px" } }),
-      marker: { color: held.value.map((_, place) => (place === best ? blue : colour("surface"))), size: held.value.map((_, place) => (place === best ? 11 : 7)),
-        opacity: 1, symbol: held.value.map((_, place) => (place === best ? "diamond" : "circle")), line: { color: blue, width: 2 } },
+      marker: { color: marked(blue, colour("surface")), size: marked(11, 7), opacity: 1, symbol: marked("diamond", "circle"), line: { color: blue, width: 2 } },
     });
     traces.push({
       type: "scatter", mode: "markers", yaxis: "y3", cliponaxis: false, hoverinfo: "skip",
@@ -380,7 +391,7 @@ export class RunChart {
       ];
     }
     const lines = [this.line(norm, norm.value, { ...raw, yaxis: "y2" })];
-    if (this.smoothing > 0) lines.push(this.line(norm, smoothed(norm.value, this.smoothing), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
+    if (this.smoothing > 0) lines.push(this.line(norm, smoothed(norm.value, this.smoothing, norm.samples), { line: { color: pink, width: 1.75, dash: "5px,2px" }, yaxis: "y2" }));
     if (this.knowsPull()) lines.push(this.line(pull, pull.value, { line: { color: bonsai.colour("chart-3"), width: 1.75 }, yaxis: "y2" }));
     return lines;
   }

@@ -193,12 +193,13 @@ def test_long_curves_are_thinned_without_losing_a_spike(studio: Installation, vi
           return {
             num: places.length, kept: [54321, 77777, 99999].every((place) => places.includes(place)),
             ordered: places.every((place, index) => index === 0 || place > places[index - 1]),
-            constant: smoothed([3, 3, null, 3], 0.9), steps: curves.loss.step, seconds: curves.held.seconds,
+            constant: smoothed([3, 3, null, 3], 0.9), anew: smoothed([1, 1, 5, 5], 0.9, [4, 8, 4, 8]), steps: curves.loss.step, seconds: curves.held.seconds,
           };
         }"""
     )
     assert found["num"] <= 2400 and found["kept"] and found["ordered"]
     assert [value and round(value, 9) for value in found["constant"]] == [3, 3, None, 3]
+    assert [round(value, 9) for value in found["anew"]] == [1, 1, 5, 5], "another trial of a search"
     assert found["steps"] == [1, 2, 3, 4] and found["seconds"] == [1.5]
 
 
