@@ -148,6 +148,16 @@ def test_the_page_says_first_how_good_it_is(visitor: Client, ada: User) -> None:
     assert f"http://testserver/api/v1/artifacts/{artifact.pk}/predict" in text
 
 
+def test_the_page_of_the_run_does_not_praise_what_adds_nothing(visitor: Client, ada: User) -> None:
+    artifact = finished(ada)
+    page = html(visitor, f"/runs/{artifact.job.pk}/")
+    assert 'class="note success"' in page and "adds nothing" not in page
+    artifact.description["metrics"]["eval_accuracy"] = 0.3
+    artifact.save()
+    page = html(visitor, f"/runs/{artifact.job.pk}/")
+    assert 'class="note warning"' in page and 'class="note success"' not in page and "this result adds nothing" in page
+
+
 def test_every_download_that_is_offered_is_there(visitor: Client, ada: User) -> None:
     artifact = finished(ada)
     text = html(visitor, f"/results/{artifact.pk}/")
