@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
 import struct
 import subprocess
@@ -144,6 +145,7 @@ def _mlflow() -> tuple[list[Section], list[str]]:
     """How many numbers a second MLflow's stores take, one call each; nothing where it is not installed."""
     if importlib.util.find_spec("mlflow") is None:
         return [], ["MLflow's file store and SQLite store: not measured, MLflow is not installed on this machine."]
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions refuse it otherwise
     client_of = importlib.import_module("mlflow.tracking").MlflowClient
     rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory(prefix="bonsai-bench-") as name:
@@ -155,7 +157,10 @@ def _mlflow() -> tuple[list[Section], list[str]]:
                 step += 1
                 client.log_metric(run, "loss", 1.0 / step, step=step)
             rows.append((title, f"{step / (time.perf_counter() - start):,.0f}"))
-    intro = f"`MlflowClient.log_metric` of one number, as fast as it goes for {WINDOW:g} s, one caller."
+    release = importlib.import_module("mlflow").__version__
+    intro = (
+        f"MLflow {release}: `MlflowClient.log_metric` of one number, as fast as it goes for {WINDOW:g} s, one caller."
+    )
     return [Section(title="MLflow", intro=intro, columns=("store", "numbers a second"), rows=rows)], []
 
 
