@@ -27,7 +27,7 @@ from jobs.parts import ROOT
 
 RATE, SECONDS, JOBS = 10_000, 30.0, 4
 WINDOW = 5.0  # seconds; lag is told for each of these
-BUSY = "one Python process reads the lines of all runs, and other programs used both cores during the measurement (the load average stands in the page)."
+BUSY = "one Python process reads the lines of all runs, and of two cores the writer takes nearly half of one (the load average stands in the page)."
 SIDE = "jobs.bench.events_side"
 
 
